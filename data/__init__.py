@@ -1,0 +1,1 @@
+"""Small shipped data: potentials with their cards, recipes, reference values with citations."""

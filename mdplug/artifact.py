@@ -1,0 +1,205 @@
+"""Model files.
+
+The model file is safetensors with the Spec in its metadata: weights and JSON, no code, safe to share. `export` writes
+TorchScript with the same Spec; `load` takes either. This is the only file of the core that names torch.jit.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mdplug.errors import InputError, ModelFileError
+from mdplug.potential import Potential
+from mdplug.registry import architecture, resolve
+from mdplug.spec import Spec
+
+SPEC_KEY = "mdplug.spec"  # metadata key (safetensors) and extra file (TorchScript)
+
+
+class Exported(nn.Module):
+    """A TorchScript file: the same call as `Deployed`, with its Spec.
+
+    Attributes:
+        spec: what the model is.
+        head: index of the level of theory.
+        script: the compiled module.
+    """
+
+    def __init__(self, script: torch.jit.ScriptModule, spec: Spec):
+        super().__init__()
+        self.script, self.spec = script, spec
+        self.head: int | None = None
+        self.cutoff = float(spec.cutoff)
+
+    def forward(self, *arguments: Any) -> dict[str, torch.Tensor]:
+        """As `Deployed.forward`."""
+        return self.script(*arguments)
+
+
+def save(potential: Potential, path: str | Path) -> Path:
+    """Write a model file, atomically.
+
+    Args:
+        potential: any Potential that `from_spec` rebuilds.
+        path: by habit NAME.safetensors.
+    """
+    from safetensors.torch import save as to_bytes
+
+    tensors = {key: value.detach().cpu().contiguous() for key, value in potential.state_dict().items()}
+    if not tensors:  # safetensors needs one
+        tensors = {"_empty": torch.zeros(1)}
+    target = Path(path)
+    temporary = target.with_name(target.name + ".part")
+    temporary.write_bytes(to_bytes(tensors, metadata={SPEC_KEY: potential.spec.to_json()}))
+    return temporary.replace(target)
+
+
+def load(
+    model: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    head: str | None = None,
+    radial: str | None = None,
+) -> nn.Module:
+    """A potential from a model file or by the name of a shipped one, ready to evaluate.
+
+    Args:
+        model: path, or a name ("electrolyte").
+        device: "cpu", "cuda", ...
+        dtype: "float32" or "float64"; None: as trained.
+        head: level of theory, by name; may be left out where there is one.
+        radial: "exact" or "tables"; None: exact in float64, tables in float32 (where an architecture has them).
+
+    Raises:
+        InputError: no such model, head or dtype.
+        ModelFileError: truncated, foreign, or of a newer contract.
+    """
+    path = resolve(model)
+    if dtype not in (None, "float32", "float64"):
+        raise InputError(f"dtype must be float32 or float64, got {dtype!r}")
+    if radial not in (None, "exact", "tables"):
+        raise InputError(f"radial must be exact or tables, got {radial!r}")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {device!r}; use cpu or cuda") from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda asked for, but torch sees no CUDA device; use device='cpu'")
+    if not path.is_file():
+        raise ModelFileError(f"{path} is not a file; give a model file")
+    potential = _load_torchscript(path) if zipfile.is_zipfile(path) else _load_safetensors(path)
+    _choose_head(potential, head, path)
+    if isinstance(potential, Exported):
+        if radial is not None or (dtype is not None and dtype != potential.spec.dtype):
+            raise InputError(
+                f"{path}: dtype and radial were fixed when it was exported ({potential.spec.dtype}); "
+                "load the safetensors file to choose"
+            )
+        return potential.to(target).eval()
+    width = dtype or potential.spec.dtype
+    potential = potential.to(getattr(torch, width))
+    if (radial or ("tables" if width == "float32" else "exact")) == "tables":
+        potential = potential.with_tables()
+    elif radial == "exact":
+        potential = potential.with_exact_radial()
+    return potential.to(target).eval().requires_grad_(False)
+
+
+def _choose_head(potential: nn.Module, head: str | None, path: Path) -> None:
+    heads = potential.spec.heads
+    if head is None:
+        if len(heads) > 1:
+            raise InputError(f"{path} has several levels of theory; name one with head=: {', '.join(heads)}")
+        head = heads[0]
+    if head not in heads:
+        raise InputError(f"{path} has no head {head!r}; it has: {', '.join(heads)}")
+    potential.head = heads.index(head)
+
+
+def read_spec(model: str | Path) -> Spec:
+    """The Spec of a model file, without loading its weights."""
+    path = resolve(model)
+    if zipfile.is_zipfile(path):
+        return _torchscript_spec(path)
+    return _safetensors_spec(path)
+
+
+def _safetensors_spec(path: Path) -> Spec:
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > 100_000_000:
+            raise ModelFileError(f"{path} is not a model file (neither safetensors nor TorchScript); {_mend(path)}")
+        header = file.read(length)
+    if len(header) < length:
+        raise ModelFileError(f"{path} is truncated; get the file again")
+    try:
+        metadata = json.loads(header).get("__metadata__", {})
+    except (ValueError, AttributeError) as error:
+        raise ModelFileError(f"{path} is not a model file (its header is not JSON); {_mend(path)}") from error
+    if SPEC_KEY not in metadata:
+        raise ModelFileError(f"{path} is a safetensors file without an mdplug description; convert it first")
+    return Spec.from_json(metadata[SPEC_KEY], str(path))
+
+
+def _mend(path: Path) -> str:
+    return f"an upstream checkpoint is read by: mdplug convert {path} -o MINE.safetensors"
+
+
+def _load_safetensors(path: Path) -> Potential:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    spec = _safetensors_spec(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ModelFileError(f"{path} is truncated or damaged ({error}); get the file again") from error
+    tensors.pop("_empty", None)
+    potential = architecture(spec.architecture, str(path)).from_spec(spec)
+    # Weights are kept in the dtype of the file: a module made in another would round them.
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            potential = potential.to(tensor.dtype)
+            break
+    try:
+        potential.load_state_dict(tensors)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise ModelFileError(f"{path}: weights do not fit its architecture ({detail}); convert it again") from error
+    return potential
+
+
+def _torchscript_spec(path: Path) -> Spec:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            inside = [n for n in names if n.endswith("/extra/" + SPEC_KEY)]
+            if not inside:
+                kind = "TorchScript of another program" if any("/code/" in n for n in names) else "a torch checkpoint"
+                raise ModelFileError(f"{path} is {kind}, not an mdplug model; {_mend(path)}")
+            return Spec.from_json(archive.read(inside[0]).decode(), str(path))
+    except (zipfile.BadZipFile, EOFError, KeyError, OSError, UnicodeDecodeError) as error:
+        raise ModelFileError(f"{path} is truncated or damaged ({error}); get the file again") from error
+
+
+def _load_torchscript(path: Path) -> Exported:
+    spec = _torchscript_spec(path)
+    try:
+        script = torch.jit.load(str(path), map_location="cpu")
+    except RuntimeError as error:
+        raise ModelFileError(f"{path} does not load ({str(error).splitlines()[0]}); export it again") from error
+    return Exported(script, spec)
+
+
+def save_torchscript(module: nn.Module, spec: Spec, path: str | Path) -> Path:
+    """Compile a module and write it with its Spec, atomically; what `export` builds goes through here."""
+    target = Path(path)
+    temporary = target.with_name(target.name + ".part")
+    script = torch.jit.freeze(torch.jit.script(module.eval()))
+    torch.jit.save(script, str(temporary), _extra_files={SPEC_KEY: spec.to_json().encode()})
+    return temporary.replace(target)

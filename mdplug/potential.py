@@ -1,0 +1,358 @@
+"""The contract: a potential is one function of a state.
+
+An architecture writes `local` (and, if long-ranged, `far`); differentiation is written once, in `Deployed`.
+Everything here but `evaluate` compiles in TorchScript.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Dict, Final, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from mdplug.errors import InputError
+from mdplug.pairs import Pairs
+from mdplug.pairs import pairs as find_pairs
+from mdplug.spec import Spec
+from mdplug.system import AtomicSystem
+
+# The operator by which features cross domain borders. Alone in a process it is the identity; an engine that splits
+# space puts its communication behind it.
+_library = torch.library.Library("mdplug", "DEF")
+_library.define("exchange(Tensor features, int n_owned) -> Tensor")
+_exchange_hook: List[Any] = [None]
+
+
+def _exchange(features: Tensor, n_owned: int) -> Tensor:
+    hook = _exchange_hook[0]
+    return features.clone() if hook is None else hook(features, n_owned)
+
+
+_library.impl("exchange", _exchange, "CompositeImplicitAutograd")
+
+
+def exchange(features: Tensor, n_owned: int) -> Tensor:
+    """Fill the ghost rows of (N, width) features from their owners; the identity where no space is split.
+
+    Rows below `n_owned` come back unchanged. Differentiable: the reverse adds ghost cotangents to their owners.
+    """
+    if features.shape[0] == n_owned:
+        return features
+    return torch.ops.mdplug.exchange(features, n_owned)
+
+
+class Potential(nn.Module):
+    """An interatomic potential: subclass it, call `super().__init__(spec)`, write `local`.
+
+    Attributes:
+        spec: what the model is (see `Spec`).
+        head: index of the level of theory to use; None: the one each structure names.
+    """
+
+    head: Optional[int]
+
+    def __init__(self, spec: Spec):
+        super().__init__()
+        self.spec = spec
+        self.head = None
+        self.cutoff = float(spec.cutoff)
+
+    @classmethod
+    def from_spec(cls, spec: Spec) -> "Potential":
+        """An untrained module of this architecture, built from `spec.config`; weights are loaded into it."""
+        return cls(spec)
+
+    def local(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
+        """Short-range part.
+
+        Args:
+            numbers: (N,) int64 atomic numbers; rows >= n_owned are ghosts.
+            pairs: (2, E) int64, receiver i (< n_owned) and sender j, sorted by receiver.
+            vectors: (E, 3) A, r_ij = r_j - r_i + shift, in the model's dtype.
+            n_owned: atoms whose energy is asked for.
+            system_index: (N,) int64.
+            total_charge: (S,) e, in the model's dtype.
+            total_spin: (S,) multiplicity 2S+1, in the model's dtype.
+            head: (S,) int64.
+
+        Returns:
+            "atom_energy" (n_owned,) eV, the interaction energy without atomic reference energies; may add
+            "charge" (n_owned,) e, "member_atom_energy" (M, n_owned) eV, "features" (n_owned, K).
+        """
+        raise NotImplementedError("local")
+
+    def far(
+        self,
+        near: Dict[str, Tensor],
+        positions: Tensor,
+        cell: Tensor,
+        pbc: Tensor,
+        system_index: Tensor,
+        total_charge: Tensor,
+    ) -> Dict[str, Tensor]:
+        """Long-range part: takes what `local` returned, returns it with the energy of far interactions added.
+
+        Args:
+            near: result of `local`.
+            positions: (N, 3) A. cell: (S, 3, 3) A. pbc: (S, 3) bool. system_index: (N,). total_charge: (S,) e.
+        """
+        return near
+
+    def with_tables(self) -> "Potential":
+        """A copy whose radial functions are spline tables, where an architecture has them; else itself."""
+        return self
+
+    def with_exact_radial(self) -> "Potential":
+        """The form with exact radial functions: itself, unless `with_tables` made it.
+
+        Raises:
+            InputError: the weights behind the tables are not there.
+        """
+        return self
+
+
+class Deployed(nn.Module):
+    """A potential with its derivatives: what engines call and files hold.
+
+    The energy is the interaction energy (no atomic reference energies), summed in float64. Pair vectors are formed
+    in float64 from float64 positions and only then narrowed to the model's dtype, so that a result does not depend on
+    how far from the origin an atom sits. Forces and virial come from one scatter of dE/d(vectors).
+    """
+
+    conservative: Final[bool]
+    long_range: Final[bool]
+
+    def __init__(self, potential: Potential):
+        super().__init__()
+        self.potential = potential
+        self.conservative = potential.spec.conservative
+        self.long_range = potential.spec.long_range
+        self.register_buffer("dtype_of", torch.zeros(1, dtype=dtype_of(potential)), persistent=False)
+
+    def forward(
+        self,
+        numbers: Tensor,
+        positions: Tensor,
+        cell: Tensor,
+        pbc: Tensor,
+        pairs: Tensor,
+        shifts: Tensor,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+        forces: bool = True,
+        create_graph: bool = False,
+    ) -> Dict[str, Tensor]:
+        """Evaluate.
+
+        Args:
+            numbers: (N,) int64. positions: (N, 3) float64 A. cell: (S, 3, 3) float64 A. pbc: (S, 3) bool.
+            pairs: (2, E) int64. shifts: (E, 3) int64 lattice translations. system_index: (N,) int64.
+            total_charge: (S,) e. total_spin: (S,). head: (S,) int64.
+            forces: also differentiate. create_graph: keep the graph (training).
+
+        Returns:
+            "energy" (S,) float64 eV; "atom_energy" (N,) eV; with forces "forces" (N, 3) float64 eV/A and "virial"
+            (S, 3, 3) float64 eV (= -dE/dstrain); and whatever else the potential returns.
+        """
+        dtype = self.dtype_of.dtype
+        receiver, sender = pairs[0], pairs[1]
+        pair_system = system_index[receiver]
+        translation = torch.bmm(shifts.to(positions.dtype).unsqueeze(1), cell[pair_system]).squeeze(1)
+        r = (positions[sender] - positions[receiver] + translation).detach()
+        vectors = r.to(dtype).clone()
+        x, box = positions.detach().clone(), cell.detach().clone()
+        n_systems, n = cell.shape[0], numbers.shape[0]
+        # TorchScript has no enable_grad; an engine may call us with grad mode off.
+        grad_mode = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        if forces:
+            vectors.requires_grad_(True)
+            if self.long_range:
+                x.requires_grad_(True)
+                box.requires_grad_(True)
+        out = self.potential.local(
+            numbers, pairs, vectors, n, system_index, total_charge.to(dtype), total_spin.to(dtype), head
+        )
+        if self.long_range:
+            out = self.potential.far(out, x, box, pbc, system_index, total_charge)
+        atom_energy = out["atom_energy"].to(torch.float64)
+        energy = torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, atom_energy)
+        grads = torch.jit.annotate(List[Optional[Tensor]], [None, None, None])
+        if forces and energy.requires_grad:
+            inputs = [vectors, x, box] if self.long_range else [vectors]
+            grads = torch.autograd.grad([energy.sum()], inputs, create_graph=create_graph, allow_unused=True)
+        torch.set_grad_enabled(grad_mode or create_graph)
+        result: Dict[str, Tensor] = {}
+        if forces:
+            pair_gradient = zeros_if_none(grads[0], vectors).to(torch.float64)
+            force = torch.zeros_like(positions).index_add(0, receiver, pair_gradient)
+            force = force.index_add(0, sender, -pair_gradient)
+            outer = r.unsqueeze(2) * pair_gradient.unsqueeze(1)
+            virial = torch.zeros_like(cell).index_add(0, pair_system, outer)
+            virial = -0.5 * (virial + virial.transpose(1, 2))
+            if self.long_range:
+                dx, dbox = zeros_if_none(grads[1], x), zeros_if_none(grads[2], box)
+                force = force - dx
+                far = torch.zeros_like(cell).index_add(0, system_index, positions.unsqueeze(2) * dx.unsqueeze(1))
+                far = far + torch.bmm(cell.transpose(1, 2), dbox)
+                virial = virial - 0.5 * (far + far.transpose(1, 2))
+            result["forces"] = force if create_graph else force.detach()
+            result["virial"] = virial if create_graph else virial.detach()
+        torch.set_grad_enabled(grad_mode)
+        for key, value in out.items():
+            result[key] = value if create_graph else value.detach()
+        result["energy"] = energy if create_graph else energy.detach()
+        return result
+
+
+def zeros_if_none(grad: Optional[Tensor], like: Tensor) -> Tensor:
+    """A gradient that autograd left out because nothing depends on its input."""
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def dtype_of(potential: nn.Module) -> torch.dtype:
+    """The dtype a potential computes in: that of its first floating tensor, else its spec's."""
+    for tensor in list(potential.parameters()) + list(potential.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return getattr(torch, potential.spec.dtype)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `evaluate` returns.
+
+    Attributes:
+        energy: (S,) float64 eV, total: interaction energy + atomic reference energies.
+        interaction_energy: (S,) float64 eV.
+        atom_energy: (N,) eV, interaction part.
+        forces: (N, 3) float64 eV/A, or None.
+        virial: (S, 3, 3) float64 eV, = -dE/dstrain, or None.
+        stress: (S, 3, 3) float64 eV/A^3, = dE/dstrain / V; NaN where a structure has no volume; or None.
+        extras: whatever else the potential returns ("charge", "member_atom_energy", ...).
+    """
+
+    energy: Tensor
+    interaction_energy: Tensor
+    atom_energy: Tensor
+    forces: Optional[Tensor]
+    virial: Optional[Tensor]
+    stress: Optional[Tensor]
+    extras: Dict[str, Tensor]
+
+
+def check_species(numbers: Tensor, spec: Spec) -> None:
+    """Refuse elements a potential has not been made for.
+
+    Raises:
+        InputError: naming the first such atom, its element and what the potential knows.
+    """
+    if not spec.species:
+        return
+    known = torch.tensor(spec.species, dtype=numbers.dtype, device=numbers.device)
+    bad = ~torch.isin(numbers, known)
+    if bool(bad.any()):
+        from ase.data import chemical_symbols
+
+        atom = int(bad.nonzero()[0, 0])
+        raise InputError(
+            f"atom {atom} is {chemical_symbols[int(numbers[atom])]}, which potential {spec.name!r} does not know; "
+            f"it knows {' '.join(chemical_symbols[z] for z in spec.species)}"
+        )
+
+
+def reference_energy(system: AtomicSystem, spec: Spec) -> Tensor:
+    """(S,) float64 eV: sum of the atomic reference energies of each structure."""
+    table = torch.zeros(max(len(spec.heads), 1), 119, dtype=torch.float64)
+    if spec.atomic_energies:
+        from ase.data import atomic_numbers
+
+        for h, head in enumerate(spec.heads):
+            for symbol, value in spec.atomic_energies.get(head, {}).items():
+                table[h, atomic_numbers[symbol]] = value
+    table = table.to(system.numbers.device)
+    atom = table[system.head[system.system_index], system.numbers]
+    return torch.zeros_like(system.total_charge).index_add(0, system.system_index, atom)
+
+
+def deploy(potential: nn.Module) -> nn.Module:
+    """The callable with derivatives: a Potential is wrapped, anything that already has them is handed back."""
+    return Deployed(potential) if isinstance(potential, Potential) else potential
+
+
+def call(
+    deployed: nn.Module, system: AtomicSystem, pairs: Pairs, forces: bool = True, create_graph: bool = False
+) -> Dict[str, Tensor]:
+    """Hand a system to a deployed potential; the one place that spells out its arguments."""
+    chosen = (deployed.potential if isinstance(deployed, Deployed) else deployed).head
+    head = system.head if chosen is None else torch.full_like(system.head, chosen)
+    return deployed(
+        system.numbers,
+        system.positions,
+        system.cell,
+        system.pbc,
+        pairs.index,
+        pairs.shifts,
+        system.system_index,
+        system.total_charge,
+        system.total_spin,
+        head,
+        forces,
+        create_graph,
+    )
+
+
+def spec_of(potential: nn.Module) -> Spec:
+    """The Spec of a Potential, a Deployed one, or an exported file."""
+    return potential.potential.spec if isinstance(potential, Deployed) else potential.spec
+
+
+def evaluate(
+    potential: nn.Module,
+    system: AtomicSystem,
+    pairs: Optional[Pairs] = None,
+    *,
+    forces: bool = True,
+    create_graph: bool = False,
+) -> Prediction:
+    """Energy, forces, virial and stress of a system.
+
+    Args:
+        potential: a Potential, a Deployed one, or an exported file as `load` gives it.
+        system: one or several structures.
+        pairs: a pair list at (at least) the potential's cutoff; found here if None.
+        forces: differentiate.
+        create_graph: keep the graph for a loss on forces.
+
+    Raises:
+        InputError: an element the potential does not know.
+    """
+    deployed = deploy(potential)
+    spec = spec_of(deployed)
+    check_species(system.numbers, spec)
+    if pairs is None:
+        pairs = find_pairs(system, spec.cutoff)
+    out = dict(call(deployed, system, pairs, forces, create_graph))
+    interaction = out.pop("energy")
+    virial = out.pop("virial", None)
+    return Prediction(
+        energy=interaction + reference_energy(system, spec),
+        interaction_energy=interaction,
+        atom_energy=out.pop("atom_energy"),
+        forces=out.pop("forces", None),
+        virial=virial,
+        stress=None if virial is None else -virial / system.volume[:, None, None],
+        extras=out,
+    )

@@ -1,0 +1,1 @@
+"""Upstream checkpoints -> mdplug potentials, read by an inert reader."""
