@@ -173,7 +173,7 @@ class Deployed(nn.Module):
         r = (positions[sender] - positions[receiver] + translation).detach()
         vectors = r.to(dtype).clone()
         x, box = positions.detach().clone(), cell.detach().clone()
-        n_systems, n = cell.shape[0], numbers.shape[0]
+        n = numbers.shape[0]
         # TorchScript has no enable_grad; an engine may call us with grad mode off.
         grad_mode = torch.is_grad_enabled()
         torch.set_grad_enabled(True)

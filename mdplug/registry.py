@@ -16,6 +16,8 @@ ARCHITECTURES: dict[str, str] = {
     "zbl": "mdplug.potentials.pair:ZBL",
     "stillinger-weber": "mdplug.potentials.stillinger_weber:StillingerWeber",
     "mace": "mdplug.potentials.mace:MACE",
+    "sum": "mdplug.compose:Sum",
+    "ensemble": "mdplug.compose:Ensemble",
 }
 SHIPPED: tuple[str, ...] = ("electrolyte",)
 
@@ -36,7 +38,7 @@ def architecture(path: str, where: str) -> Any:
     Raises:
         ModelFileError: not registered, or not importable.
     """
-    if path not in architectures().values() and not path.startswith("mdplug."):
+    if path not in architectures().values():
         raise ModelFileError(
             f"{where} needs the architecture {path!r}, which is not installed; install the package that provides it "
             "(entry point group mdplug.potentials)"

@@ -122,6 +122,8 @@ class ZBL(PairPotential):
     def __init__(self, spec: Spec):
         super().__init__(spec)
         self.register_buffer("weights", torch.tensor([0.18175, 0.50986, 0.28022, 0.02817], dtype=torch.float64))
+        # (attributes: TorchScript does not see module constants)
+        self.coulomb, self.bohr = COULOMB, BOHR
         self.register_buffer("decays", torch.tensor([3.19980, 0.94229, 0.40290, 0.20162], dtype=torch.float64))
 
     @classmethod
@@ -132,6 +134,6 @@ class ZBL(PairPotential):
     def pair_energy(self, r: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
         """See `PairPotential.pair_energy`."""
         zi, zj = z_i.to(r.dtype), z_j.to(r.dtype)
-        x = r * (zi.pow(0.23) + zj.pow(0.23)) / (0.8854 * BOHR)
+        x = r * (zi.pow(0.23) + zj.pow(0.23)) / (0.8854 * self.bohr)
         phi = (self.weights * torch.exp(-self.decays * x.unsqueeze(1))).sum(dim=1)
-        return COULOMB * zi * zj * phi / r
+        return self.coulomb * zi * zj * phi / r

@@ -1,0 +1,153 @@
+"""Potentials made of potentials; each is itself a Potential, so that it scripts, saves and runs like one."""
+
+import json
+from typing import Dict, Iterable, List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mdplug.errors import InputError
+from mdplug.potential import Potential
+from mdplug.registry import architecture
+from mdplug.spec import Spec
+
+
+def within(cutoff: float, pairs: Tensor, vectors: Tensor) -> Tuple[Tensor, Tensor]:
+    """The pairs of a list that are closer than `cutoff` (A)."""
+    keep = (vectors.detach().square().sum(dim=1) < cutoff * cutoff).nonzero().squeeze(1)
+    return pairs[:, keep], vectors[keep]
+
+
+def _joint_spec(name: str, cls: type, parts: List[Potential], outputs: Tuple[str, ...]) -> Spec:
+    specs = [p.spec for p in parts]
+    if not specs:
+        raise InputError(f"{name} needs at least one potential")
+    if any(s.long_range for s in specs):
+        raise InputError(f"{name} takes short-range potentials only; {specs[0].name!r} has a long-range part")
+    first = specs[0]
+    for s in specs[1:]:
+        if s.heads != first.heads:
+            raise InputError(
+                f"{name}: {s.name!r} has heads {s.heads}, {first.name!r} has {first.heads}; choose one each"
+            )
+    limited = [set(s.species) for s in specs if s.species]
+    species = sorted(set.intersection(*limited)) if limited else []
+    if limited and not species:
+        raise InputError(f"{name}: its potentials have no element in common")
+    return Spec(
+        name=name,
+        architecture=f"{cls.__module__}:{cls.__name__}",
+        config={"parts": [json.loads(s.to_json()) for s in specs]},
+        cutoff=max(s.cutoff for s in specs),
+        layers=max(s.layers for s in specs),
+        exchange_width=max(s.exchange_width for s in specs),
+        species=tuple(species),
+        dtype=first.dtype,
+        outputs=outputs,
+        heads=first.heads,
+        level_of_theory=first.level_of_theory,
+        conservative=all(s.conservative for s in specs),
+        atomic_energies=first.atomic_energies,
+        licence="; ".join(sorted({s.licence for s in specs})),
+        cite=tuple(dict.fromkeys(c for s in specs for c in s.cite)),
+        provenance={"parts": [s.provenance for s in specs]},
+    )
+
+
+def _rebuild(spec: Spec) -> List[Potential]:
+    parts = [Spec.from_json(json.dumps(one), spec.name) for one in spec.config["parts"]]
+    return [architecture(one.architecture, spec.name).from_spec(one) for one in parts]
+
+
+class _Composed(Potential):
+    """Shared by Sum and Ensemble: parts, each with its own cutoff."""
+
+    def __init__(self, spec: Spec, parts: List[Potential]):
+        super().__init__(spec)
+        self.parts = nn.ModuleList(parts)
+
+    @classmethod
+    def from_spec(cls, spec: Spec) -> "_Composed":
+        """See `Potential.from_spec`."""
+        return cls(spec, _rebuild(spec))
+
+    def with_tables(self) -> "_Composed":
+        """See `Potential.with_tables`."""
+        return type(self)(self.spec, [p.with_tables() for p in self.parts])
+
+    def with_exact_radial(self) -> "_Composed":
+        """See `Potential.with_exact_radial`."""
+        return type(self)(self.spec, [p.with_exact_radial() for p in self.parts])
+
+    def part_energies(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Tensor:
+        """(M, n_owned) eV, the atom energies of each part."""
+        energies: List[Tensor] = []
+        for part in self.parts:
+            p, v = within(part.cutoff, pairs, vectors)
+            out = part.local(numbers, p, v, n_owned, system_index, total_charge, total_spin, head)
+            energies.append(out["atom_energy"])
+        return torch.stack(energies)
+
+
+class Sum(_Composed):
+    """E = sum of its parts; reference energies and heads are those of the first."""
+
+    @classmethod
+    def of(cls, parts: Iterable[Potential]) -> "Sum":
+        """Compose.
+
+        Raises:
+            InputError: long-range parts, different heads, or no element in common.
+        """
+        given = list(parts)
+        return cls(_joint_spec("sum", cls, given, ("atom_energy",)), given)
+
+    def local(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
+        """See `Potential.local`."""
+        energies = self.part_energies(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
+        return {"atom_energy": energies.sum(dim=0)}
+
+
+class Ensemble(_Composed):
+    """Mean of its members, whose energies are handed on as "member_atom_energy" (M, n_owned)."""
+
+    @classmethod
+    def of(cls, members: Iterable[Potential]) -> "Ensemble":
+        """Compose; errors as for `Sum.of`."""
+        given = list(members)
+        return cls(_joint_spec("ensemble", cls, given, ("atom_energy", "member_atom_energy")), given)
+
+    def local(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
+        """See `Potential.local`."""
+        energies = self.part_energies(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
+        return {"atom_energy": energies.mean(dim=0), "member_atom_energy": energies}
