@@ -13,27 +13,23 @@ import torch
 from torch import nn
 
 from mdplug.errors import InputError, ModelFileError
-from mdplug.potential import Potential
+from mdplug.potential import Model, Potential
 from mdplug.registry import architecture, resolve
 from mdplug.spec import Spec
 
 SPEC_KEY = "mdplug.spec"  # metadata key (safetensors) and extra file (TorchScript)
 
 
-class Exported(nn.Module):
+class Exported(Model):
     """A TorchScript file: the same call as `Deployed`, with its Spec.
 
     Attributes:
-        spec: what the model is.
-        head: index of the level of theory.
         script: the compiled module.
     """
 
     def __init__(self, script: torch.jit.ScriptModule, spec: Spec):
-        super().__init__()
-        self.script, self.spec = script, spec
-        self.head: int | None = None
-        self.cutoff = float(spec.cutoff)
+        super().__init__(spec)
+        self.script = script
 
     def forward(self, *arguments: Any) -> dict[str, torch.Tensor]:
         """As `Deployed.forward`."""
@@ -64,7 +60,7 @@ def load(
     dtype: str | None = None,
     head: str | None = None,
     radial: str | None = None,
-) -> nn.Module:
+) -> Model:
     """A potential from a model file or by the name of a shipped one, ready to evaluate.
 
     Args:
@@ -91,15 +87,17 @@ def load(
         raise InputError("device cuda asked for, but torch sees no CUDA device; use device='cpu'")
     if not path.is_file():
         raise ModelFileError(f"{path} is not a file; give a model file")
-    potential = _load_torchscript(path) if zipfile.is_zipfile(path) else _load_safetensors(path)
-    _choose_head(potential, head, path)
-    if isinstance(potential, Exported):
-        if radial is not None or (dtype is not None and dtype != potential.spec.dtype):
+    if zipfile.is_zipfile(path):
+        exported = _load_torchscript(path)
+        _choose_head(exported, head, path)
+        if radial is not None or (dtype is not None and dtype != exported.spec.dtype):
             raise InputError(
-                f"{path}: dtype and radial were fixed when it was exported ({potential.spec.dtype}); "
+                f"{path}: dtype and radial were fixed when it was exported ({exported.spec.dtype}); "
                 "load the safetensors file to choose"
             )
-        return potential.to(target).eval()
+        return exported.to(target).eval()
+    potential = _load_safetensors(path)
+    _choose_head(potential, head, path)
     width = dtype or potential.spec.dtype
     potential = potential.to(getattr(torch, width))
     if (radial or ("tables" if width == "float32" else "exact")) == "tables":
@@ -109,7 +107,7 @@ def load(
     return potential.to(target).eval().requires_grad_(False)
 
 
-def _choose_head(potential: nn.Module, head: str | None, path: Path) -> None:
+def _choose_head(potential: Model, head: str | None, path: Path) -> None:
     heads = potential.spec.heads
     if head is None:
         if len(heads) > 1:

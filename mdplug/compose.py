@@ -1,7 +1,7 @@
 """Potentials made of potentials; each is itself a Potential, so that it scripts, saves and runs like one."""
 
 import json
-from typing import Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class _Composed(Potential):
 
     def __init__(self, spec: Spec, parts: List[Potential]):
         super().__init__(spec)
-        self.parts = nn.ModuleList(parts)
+        self.parts: Any = nn.ModuleList(parts)
 
     @classmethod
     def from_spec(cls, spec: Spec) -> "_Composed":

@@ -41,21 +41,27 @@ def exchange(features: Tensor, n_owned: int) -> Tensor:
     return torch.ops.mdplug.exchange(features, n_owned)
 
 
-class Potential(nn.Module):
-    """An interatomic potential: subclass it, call `super().__init__(spec)`, write `local`.
+class Model(nn.Module):
+    """Anything that can be evaluated: a Potential, a Deployed one, a file that `export` wrote.
 
     Attributes:
         spec: what the model is (see `Spec`).
         head: index of the level of theory to use; None: the one each structure names.
+        cutoff: A.
     """
 
     head: Optional[int]
+    cutoff: float
 
     def __init__(self, spec: Spec):
         super().__init__()
-        self.spec = spec
+        self.spec = spec  # not annotated above: TorchScript would try to compile the class
         self.head = None
         self.cutoff = float(spec.cutoff)
+
+
+class Potential(Model):
+    """An interatomic potential: subclass it, call `super().__init__(spec)`, write `local`."""
 
     @classmethod
     def from_spec(cls, spec: Spec) -> "Potential":
@@ -121,7 +127,7 @@ class Potential(nn.Module):
         return self
 
 
-class Deployed(nn.Module):
+class Deployed(Model):
     """A potential with its derivatives: what engines call and files hold.
 
     The energy is the interaction energy (no atomic reference energies), summed in float64. Pair vectors are formed
@@ -129,11 +135,13 @@ class Deployed(nn.Module):
     how far from the origin an atom sits. Forces and virial come from one scatter of dE/d(vectors).
     """
 
+    dtype_of: Tensor
     conservative: Final[bool]
     long_range: Final[bool]
 
     def __init__(self, potential: Potential):
-        super().__init__()
+        super().__init__(potential.spec)
+        self.head = potential.head
         self.potential = potential
         self.conservative = potential.spec.conservative
         self.long_range = potential.spec.long_range
@@ -222,7 +230,7 @@ def zeros_if_none(grad: Optional[Tensor], like: Tensor) -> Tensor:
     return torch.zeros_like(like) if grad is None else grad
 
 
-def dtype_of(potential: nn.Module) -> torch.dtype:
+def dtype_of(potential: Model) -> torch.dtype:
     """The dtype a potential computes in: that of its first floating tensor, else its spec's."""
     for tensor in list(potential.parameters()) + list(potential.buffers()):
         if tensor.is_floating_point():
@@ -287,17 +295,16 @@ def reference_energy(system: AtomicSystem, spec: Spec) -> Tensor:
     return torch.zeros_like(system.total_charge).index_add(0, system.system_index, atom)
 
 
-def deploy(potential: nn.Module) -> nn.Module:
+def deploy(potential: Model) -> Model:
     """The callable with derivatives: a Potential is wrapped, anything that already has them is handed back."""
     return Deployed(potential) if isinstance(potential, Potential) else potential
 
 
 def call(
-    deployed: nn.Module, system: AtomicSystem, pairs: Pairs, forces: bool = True, create_graph: bool = False
+    deployed: Model, system: AtomicSystem, pairs: Pairs, forces: bool = True, create_graph: bool = False
 ) -> Dict[str, Tensor]:
     """Hand a system to a deployed potential; the one place that spells out its arguments."""
-    chosen = (deployed.potential if isinstance(deployed, Deployed) else deployed).head
-    head = system.head if chosen is None else torch.full_like(system.head, chosen)
+    head = system.head if deployed.head is None else torch.full_like(system.head, deployed.head)
     return deployed(
         system.numbers,
         system.positions,
@@ -314,13 +321,8 @@ def call(
     )
 
 
-def spec_of(potential: nn.Module) -> Spec:
-    """The Spec of a Potential, a Deployed one, or an exported file."""
-    return potential.potential.spec if isinstance(potential, Deployed) else potential.spec
-
-
 def evaluate(
-    potential: nn.Module,
+    potential: Model,
     system: AtomicSystem,
     pairs: Optional[Pairs] = None,
     *,
@@ -340,7 +342,7 @@ def evaluate(
         InputError: an element the potential does not know.
     """
     deployed = deploy(potential)
-    spec = spec_of(deployed)
+    spec = deployed.spec
     check_species(system.numbers, spec)
     if pairs is None:
         pairs = find_pairs(system, spec.cutoff)

@@ -179,7 +179,9 @@ class AtomicSystem:
     @classmethod
     def from_ase(cls, atoms: ase.Atoms | Sequence[ase.Atoms], *, device: torch.device | str = "cpu") -> AtomicSystem:
         """From ASE Atoms, or a list of them as a batch; `info["charge"]` and `info["spin"]` are read."""
-        if not hasattr(atoms, "get_atomic_numbers"):
+        from ase import Atoms
+
+        if not isinstance(atoms, Atoms):
             return batch([cls.from_ase(one, device=device) for one in atoms])
         return cls.from_arrays(
             atoms.get_atomic_numbers(),
