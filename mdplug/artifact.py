@@ -87,6 +87,7 @@ def load(
         raise InputError("device cuda asked for, but torch sees no CUDA device; use device='cpu'")
     if not path.is_file():
         raise ModelFileError(f"{path} is not a file; give a model file")
+    origin = {"path": str(path.resolve()), "device": str(target), "dtype": dtype, "head": head, "radial": radial}
     if zipfile.is_zipfile(path):
         exported = _load_torchscript(path)
         _choose_head(exported, head, path)
@@ -95,6 +96,7 @@ def load(
                 f"{path}: dtype and radial were fixed when it was exported ({exported.spec.dtype}); "
                 "load the safetensors file to choose"
             )
+        exported.origin = origin
         return exported.to(target).eval()
     potential = _load_safetensors(path)
     _choose_head(potential, head, path)
@@ -104,6 +106,7 @@ def load(
         potential = potential.with_tables()
     elif radial == "exact":
         potential = potential.with_exact_radial()
+    potential.origin = origin
     return potential.to(target).eval().requires_grad_(False)
 
 

@@ -108,7 +108,7 @@ class PairList:
 
     def update(self, system: AtomicSystem) -> Pairs:
         """The pairs of `system` within the cutoff."""
-        if self._candidates is None or not self._holds(system):
+        if self._candidates is None or not self.holds(system):
             self._candidates = pairs(system, self.cutoff + self.skin)
             self._reference = system
             self.builds += 1
@@ -117,7 +117,8 @@ class PairList:
         keep = ((vectors * vectors).sum(dim=1) < self.cutoff * self.cutoff).nonzero().squeeze(1)
         return _checked(system, Pairs(index[:, keep], shifts[keep], vectors[keep]))
 
-    def _holds(self, system: AtomicSystem) -> bool:
+    def holds(self, system: AtomicSystem) -> bool:
+        """Whether the stored candidates still contain every pair of `system`."""
         old = self._reference
         if old is None or self.skin <= 0 or old.numbers.shape != system.numbers.shape:
             return False

@@ -48,6 +48,7 @@ class Model(nn.Module):
         spec: what the model is (see `Spec`).
         head: index of the level of theory to use; None: the one each structure names.
         cutoff: A.
+        origin: how `load` made it ({"path", "device", "dtype", "head", "radial"}); None: built in memory.
     """
 
     head: Optional[int]
@@ -57,6 +58,7 @@ class Model(nn.Module):
         super().__init__()
         self.spec = spec  # not annotated above: TorchScript would try to compile the class
         self.head = None
+        self.origin: Optional[Dict[str, Any]] = None
         self.cutoff = float(spec.cutoff)
 
 
