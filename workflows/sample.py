@@ -1,0 +1,347 @@
+"""Structures to label: molecules and clusters from short dynamics, distortions, close contacts, broken bonds.
+
+A recipe is a list of tasks; a task is a number of starts; a start is one independent piece of work with a seed of its
+own, so that starts can run in any order and in any process and give the same structures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.units import fs as ase_fs
+from pydantic import BaseModel, ConfigDict, Field
+
+from mdplug.errors import InputError
+from mdplug.workflows import clusters
+from mdplug.workflows.molecules import Template, conformers, resolve
+
+CalculatorFactory = Callable[[], Calculator]
+
+
+class _Task(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    split: str = "train"
+    valid_every: int = Field(0, ge=0, description="every n-th start goes to the split 'valid'; 0: none")
+    fmax_eV_A: float = Field(15.0, gt=0, description="structures with a larger force are left out")
+
+
+class _Dynamics(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    temperatures_K: tuple[float, ...] = (300.0, 400.0, 500.0, 700.0)
+    timestep_fs: float = Field(1.5, gt=0, le=3)
+    steps: int = Field(30, ge=0)
+    save_every: int = Field(10, ge=1)
+    friction_1_fs: float = Field(0.02, gt=0)
+
+
+class IsolatedAtoms(_Task):
+    """Free atoms and ions: ``symbols`` maps for example ``Li+`` to [charge, 2S+1]."""
+
+    kind: Literal["atoms"]
+    species: dict[str, tuple[int, int]]
+
+    def starts(self) -> int:
+        return 1
+
+
+class Molecules(_Task):
+    """Single molecules: dynamics from thermal geometries of several conformers, and distortions of its frames."""
+
+    kind: Literal["molecules"]
+    molecules: tuple[str, ...]
+    starts_each: int = Field(10, ge=1)
+    dynamics: _Dynamics = _Dynamics()
+    resampled: int = Field(1, ge=0, description="harmonic thermal geometries for each frame of dynamics")
+    rattled_A: tuple[float, ...] = ()
+
+    def starts(self) -> int:
+        return self.starts_each * len(self.molecules)
+
+
+class Clusters(_Task):
+    """Dense clusters of whole molecules: short relaxation, dynamics, and one-label variations of its frames."""
+
+    kind: Literal["clusters"]
+    count: int = Field(ge=1)
+    n_atoms: tuple[int, int] = (25, 60)
+    solvents: dict[str, float] = Field(description="name: weight; molecules of a cluster are drawn from it")
+    kinds: tuple[int, int] = Field((1, 3), description="how many of the solvents one cluster mixes, at most")
+    ions: tuple[tuple[float, dict[str, int]], ...] = Field(((1.0, {}),), description="[weight, {ion: count}] ...")
+    contact: tuple[float, float] = Field((0.78, 0.95), description="contacts over sums of contact radii when packed")
+    relax_steps: int = Field(8, ge=0)
+    dynamics: _Dynamics = _Dynamics()
+    resampled: int = 1
+    nudged: int = 0
+    scaled: tuple[float, ...] = Field((), description="factors between centres of mass, one drawn for each frame")
+
+    def starts(self) -> int:
+        return self.count
+
+
+class Contacts(_Task):
+    """Two molecules pushed together, one chosen pair of atoms at a chosen distance."""
+
+    kind: Literal["contacts"]
+    molecules: tuple[str, ...]
+    count: int = Field(ge=1)
+    each: int = Field(4, ge=1)
+    distances_A: tuple[float, float] = (1.2, 2.2)
+    temperature_K: float = 300.0
+
+    def starts(self) -> int:
+        return self.count
+
+
+class Bonds(_Task):
+    """Every bond of a molecule scanned from compressed to broken."""
+
+    kind: Literal["bonds"]
+    molecules: tuple[str, ...]
+    factors: tuple[float, ...] = (0.75, 0.8, 0.86, 0.93, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
+    temperature_K: float = 300.0
+
+    def starts(self) -> int:
+        return len(self.molecules)
+
+
+Task = Annotated[IsolatedAtoms | Molecules | Clusters | Contacts | Bonds, Field(discriminator="kind")]
+
+
+class Recipe(BaseModel):
+    """What to sample. The same recipe and seed give the same structures."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    seed: int
+    tasks: tuple[Task, ...]
+
+    def starts(self) -> list[Start]:
+        """All starts in an order shuffled by the seed, so that an unfinished run is a fair part of the whole."""
+        found = [
+            Start(self.seed, t, i, f"{task.name}-{i:05d}") for t, task in enumerate(self.tasks) for i in range(task.starts())
+        ]
+        order = np.random.default_rng(self.seed).permutation(len(found))
+        return [found[k] for k in order]
+
+
+@dataclass(frozen=True)
+class Start:
+    """One independent piece of a recipe: its task, its number in it, its id."""
+
+    seed: int
+    task: int
+    index: int
+    id: str
+
+    def rng(self) -> np.random.Generator:
+        """The generator of this start."""
+        return np.random.default_rng([self.seed, int(hashlib.sha256(self.id.encode()).hexdigest()[:12], 16)])
+
+
+def structures(recipe: Recipe, start: Start, calculator: CalculatorFactory) -> Iterator[Atoms]:
+    """The structures of one start, unlabelled, with config_type, group and split in ``info``.
+
+    Args:
+        recipe: the recipe the start comes from.
+        start: which.
+        calculator: makes the calculator that drives relaxation and dynamics.
+    """
+    task = recipe.tasks[start.task]
+    held = task.valid_every and start.index % task.valid_every == 0
+    tags = {"group": start.id, "split": "valid" if held else task.split, "fmax_eV_A": task.fmax_eV_A}
+    maker: Callable[..., Iterable[tuple[str, Atoms]]] = _MAKERS[task.kind]
+    for config_type, atoms in maker(task, start, calculator):
+        atoms.calc = None
+        atoms.info = {"charge": atoms.info["charge"], "spin": atoms.info.get("spin", 1)} | tags
+        atoms.info["config_type"] = config_type
+        yield atoms
+
+
+def _isolated(task: IsolatedAtoms, start: Start, calculator: CalculatorFactory) -> Iterator[tuple[str, Atoms]]:
+    for name, (charge, spin) in task.species.items():
+        yield "isolated_atom", Atoms(name.strip("+-0123456789"), info={"charge": charge, "spin": spin})
+
+
+def _molecules(task: Molecules, start: Start, calculator: CalculatorFactory) -> Iterator[tuple[str, Atoms]]:
+    rng, calc = start.rng(), calculator()
+    name = task.molecules[start.index % len(task.molecules)]
+    modes = _draw_modes(name, rng, calculator)
+    temperature = float(rng.choice(task.dynamics.temperatures_K))
+    atoms = modes.sample(temperature, rng)
+    for frame in _dynamics(atoms, calc, task.dynamics, temperature, rng):
+        yield "molecule", frame
+        for _ in range(task.resampled):
+            out = frame.copy()
+            out.positions = modes.resample_in_place(frame.positions, 1.5 * temperature, rng)
+            yield "molecule", out
+        for sigma in task.rattled_A:
+            yield "molecule_rattled", clusters.rattle(frame, sigma * rng.uniform(0.3, 1.0), rng)
+
+
+def _clusters(task: Clusters, start: Start, calculator: CalculatorFactory) -> Iterator[tuple[str, Atoms]]:
+    rng, calc = start.rng(), calculator()
+    temperature = float(rng.choice(task.dynamics.temperatures_K))
+    modes = [_draw_modes(name, rng, calculator) for name in _composition(task, rng)]
+    scale = rng.uniform(*task.contact)
+    atoms = clusters.aggregate([m.sample(temperature, rng) for m in modes], rng, scale=scale)
+    _relax(atoms, calc, task.relax_steps)
+    kind = _cluster_kind(atoms)
+    yield kind, atoms.copy()
+    for frame in _dynamics(atoms, calc, task.dynamics, temperature, rng):
+        yield kind, frame
+        for _ in range(task.resampled):
+            yield kind, _resampled(frame, modes, temperature, rng)
+        for _ in range(task.nudged):
+            moved = clusters.nudge(frame, rng.uniform(0.02, 0.25), rng.uniform(2, 20), rng)
+            yield kind + "_nudged", _resampled(moved, modes, temperature, rng)
+        if task.scaled:
+            factor = float(rng.choice(task.scaled))
+            yield kind + "_scaled", _resampled(clusters.scale_centres(frame, factor), modes, temperature, rng)
+
+
+def _contacts(task: Contacts, start: Start, calculator: CalculatorFactory) -> Iterator[tuple[str, Atoms]]:
+    rng = start.rng()
+    for _ in range(task.each):
+        pair = [
+            _draw_modes(str(rng.choice(task.molecules)), rng, calculator).sample(task.temperature_K, rng) for _ in range(2)
+        ]
+        # Elements first, then an atom of it: rare elements meet as often as hydrogens.
+        chosen = [int(rng.choice(np.flatnonzero(m.numbers == rng.choice(np.unique(m.numbers))))) for m in pair]
+        yield "contact", clusters.close_contact(*pair, *chosen, rng.uniform(*task.distances_A), rng)
+
+
+def _bonds(task: Bonds, start: Start, calculator: CalculatorFactory) -> Iterator[tuple[str, Atoms]]:
+    rng = start.rng()
+    name = task.molecules[start.index]
+    template = _template(name, 0)
+    for bond in template.bonds:
+        for factor in task.factors:
+            modes = _draw_modes(name, rng, calculator)
+            atoms = modes.sample(task.temperature_K, rng)
+            yield "bond", clusters.stretch_bond(atoms, template.bonds, bond, factor * rng.uniform(0.98, 1.02))
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "atoms": _isolated,
+    "molecules": _molecules,
+    "clusters": _clusters,
+    "contacts": _contacts,
+    "bonds": _bonds,
+}
+
+
+def _composition(task: Clusters, rng: np.random.Generator) -> list[str]:
+    """Names of a cluster's molecules, in a random order of placing."""
+    target = int(rng.integers(task.n_atoms[0], task.n_atoms[1] + 1))
+    names = list(task.solvents)
+    weights = np.array([task.solvents[n] for n in names])
+    number = min(int(rng.integers(task.kinds[0], task.kinds[1] + 1)), len(names))
+    kinds = [names[k] for k in rng.choice(len(names), size=number, replace=False, p=weights / weights.sum())]
+    ion_weights = np.array([w for w, _ in task.ions])
+    ions = task.ions[int(rng.choice(len(task.ions), p=ion_weights / ion_weights.sum()))][1]
+    drawn = [ion for ion, count in ions.items() for _ in range(count)]
+    size = sum(len(_template(n, 0).numbers) for n in drawn)
+    smallest = min(len(_template(n, 0).numbers) for n in kinds)
+    target = max(target, size + smallest)  # at least one solvent molecule
+    while size + smallest <= target:
+        name = str(rng.choice(kinds))
+        n = len(_template(name, 0).numbers)
+        if size + n <= target:
+            drawn.append(name)
+            size += n
+    return [drawn[k] for k in rng.permutation(len(drawn))]
+
+
+def _cluster_kind(atoms: Atoms) -> str:
+    has_lithium, has_phosphorus = (atoms.numbers == 3).any(), (atoms.numbers == 15).any()
+    return {(0, 0): "solvent", (1, 0): "cation", (0, 1): "anion", (1, 1): "salt"}[int(has_lithium), int(has_phosphorus)]
+
+
+def _resampled(frame: Atoms, modes: Sequence[clusters.Modes], temperature: float, rng: np.random.Generator) -> Atoms:
+    out = frame.copy()
+    for group, mode in zip(clusters.molecule_groups(frame), modes, strict=True):
+        out.positions[group] = mode.resample_in_place(frame.positions[group], temperature, rng)
+    return out
+
+
+CONFORMERS = 4
+
+
+@lru_cache(maxsize=256)
+def _template(name: str, conformer: int) -> Template:
+    found = resolve(name)
+    if len(found) != 1:
+        raise InputError(f"{name!r} is a salt: name its ions {' and '.join(m.name for m in found)} one by one")
+    shapes = conformers(found[0], CONFORMERS, seed=11)
+    return shapes[conformer % len(shapes)]
+
+
+_MODES: dict[tuple[Any, ...], clusters.Modes] = {}
+
+
+def _draw_modes(name: str, rng: np.random.Generator, calculator: CalculatorFactory) -> clusters.Modes:
+    """Minimum and modes of a random conformer, kept for the life of the process."""
+    conformer = int(rng.integers(CONFORMERS))
+    calc = calculator()
+    key = (name, conformer, getattr(calc, "name", ""), getattr(calc, "hamiltonian", ""), id(type(calc)))
+    if key not in _MODES:
+        atoms = _template(name, conformer).atoms()
+        atoms.set_array("mol_id", np.zeros(len(atoms), dtype=int))
+        atoms.calc = calc
+        _relax(atoms, calc, 200, fmax=0.02)
+
+        def forces(probe: Atoms) -> np.ndarray:
+            probe.calc = calc
+            return probe.get_forces()
+
+        atoms.calc = None
+        _MODES[key] = clusters.harmonic_modes(atoms, forces)
+    return _MODES[key]
+
+
+def _relax(atoms: Atoms, calc: Calculator, steps: int, fmax: float = 0.5) -> None:
+    if steps == 0 or len(atoms) == 1:
+        return
+    from ase.optimize import FIRE, LBFGS
+
+    atoms.calc = calc
+    # FIRE forgives the first contacts of a packed cluster; a molecule's own relaxation wants LBFGS.
+    optimiser = FIRE(atoms, logfile=None, maxstep=0.08, dt=0.2) if fmax > 0.1 else LBFGS(atoms, logfile=None)
+    optimiser.run(fmax=fmax, steps=steps)
+
+
+def _dynamics(
+    atoms: Atoms, calc: Calculator, settings: _Dynamics, temperature_K: float, rng: np.random.Generator
+) -> Iterator[Atoms]:
+    """Langevin dynamics; a copy every ``save_every`` steps."""
+    if settings.steps == 0:
+        yield atoms.copy()
+        return
+    atoms = atoms.copy()
+    atoms.calc = calc
+    state = np.random.RandomState(int(rng.integers(2**31)))
+    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature_K, rng=state)
+    engine = Langevin(
+        atoms,
+        settings.timestep_fs * ase_fs,
+        temperature_K=temperature_K,
+        friction=settings.friction_1_fs / ase_fs,
+        fixcm=False,
+        rng=state,
+    )
+    for _ in range(settings.steps // settings.save_every):
+        engine.run(settings.save_every)
+        frame = atoms.copy()
+        frame.calc = None
+        del frame.arrays["momenta"]
+        yield frame
