@@ -70,6 +70,21 @@ class Potential(Model):
         """An untrained module of this architecture, built from `spec.config`; weights are loaded into it."""
         return cls(spec)
 
+    @classmethod
+    def untrained(cls, spec: Spec, statistics: Dict[str, float], generator: torch.Generator) -> "Potential":
+        """A potential to train: random weights, normalised by the statistics of the labels.
+
+        Args:
+            spec: what to build.
+            statistics: "mean_neighbours", "rms_force" (eV/A), "mean_interaction_energy" (eV/atom).
+            generator: source of the random weights.
+        """
+        return cls.from_spec(spec)
+
+    def scales(self) -> Dict[str, Any]:
+        """{parameter: typical size of its entries} where it is far from one; an optimiser's steps are relative to it."""
+        return {}
+
     def local(
         self,
         numbers: Tensor,

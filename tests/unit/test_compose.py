@@ -47,5 +47,5 @@ def test_species_are_those_in_common():
 
 def test_unknown_element_is_named(system):
     water = AtomicSystem.from_arrays([14, 8], [[0, 0, 0], [2, 0, 0]])
-    with pytest.raises(InputError, match="atom 1 is O.*it knows Si"):
+    with pytest.raises(InputError, match=r"atom 1 is O.*it knows Si"):
         evaluate(StillingerWeber.new(), water)
