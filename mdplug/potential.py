@@ -82,7 +82,7 @@ class Potential(Model):
         return cls.from_spec(spec)
 
     def scales(self) -> Dict[str, Any]:
-        """{parameter: typical size of its entries} where it is far from one; an optimiser's steps are relative to it."""
+        """{parameter: typical size of its entries} where far from one; an optimiser steps relative to it."""
         return {}
 
     def local(
