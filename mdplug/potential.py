@@ -255,6 +255,13 @@ def dtype_of(potential: Model) -> torch.dtype:
     return getattr(torch, potential.spec.dtype)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device a model computes on: that of its first tensor, else the CPU."""
+    for tensor in list(model.parameters()) + list(model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What `evaluate` returns.
