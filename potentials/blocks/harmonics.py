@@ -5,7 +5,7 @@ e3nn 0.4 (https://e3nn.org), so that MACE weights keep their meaning.
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import Dict, List, Tuple
 
 import numpy as np
@@ -55,16 +55,14 @@ def _plus(a: Polynomial, u: float, b: Polynomial, v: float) -> Polynomial:
     return total
 
 
-@lru_cache(maxsize=None)
+@cache
 def monomials(degree: int) -> Tuple[Tuple[int, int, int], ...]:
     """Exponents (x, y, z) of all monomials of one degree, in the order in which `SphericalHarmonics` makes them."""
-    return tuple(
-        (i, j, degree - i - j) for i in range(degree, -1, -1) for j in range(degree - i, -1, -1)
-    )
+    return tuple((i, j, degree - i - j) for i in range(degree, -1, -1) for j in range(degree - i, -1, -1))
 
 
-@lru_cache(maxsize=None)
-def harmonic_coefficients(l: int) -> np.ndarray:
+@cache
+def harmonic_coefficients(ell: int) -> np.ndarray:
     """(monomials of degree l, 2l+1): Y_lm on the unit sphere as homogeneous polynomials, sum_m Y_lm^2 = 2l+1.
 
     m runs from -l to l; the standard axes (X, Y, Z) are (z, x, y); no Condon-Shortley phase.
@@ -73,23 +71,23 @@ def harmonic_coefficients(l: int) -> np.ndarray:
     y: Polynomial = {(0, 1, 0): 1.0}
     z: Polynomial = {(0, 0, 1): 1.0}
     square: Polynomial = {(2, 0, 0): 1.0, (0, 2, 0): 1.0, (0, 0, 2): 1.0}
-    column = {exponents: row for row, exponents in enumerate(monomials(l))}
-    table = np.zeros((len(column), 2 * l + 1))
+    column = {exponents: row for row, exponents in enumerate(monomials(ell))}
+    table = np.zeros((len(column), 2 * ell + 1))
     real: Polynomial = {(0, 0, 0): 1.0}
     imaginary: Polynomial = {}
-    for m in range(l + 1):
+    for m in range(ell + 1):
         # Legendre part by the upward recursion in l at fixed m, times r^(l-m).
         below: Polynomial = {}
         legendre: Polynomial = {(0, 0, 0): float(math.prod(range(1, 2 * m, 2)))}
-        for k in range(m + 1, l + 1):
+        for k in range(m + 1, ell + 1):
             step = _plus(_times(y, legendre), (2 * k - 1) / (k - m), _times(square, below), -(k + m - 1) / (k - m))
             below, legendre = legendre, step
-        norm = math.sqrt((2 * l + 1) * (1 if m == 0 else 2) * math.factorial(l - m) / math.factorial(l + m))
+        norm = math.sqrt((2 * ell + 1) * (1 if m == 0 else 2) * math.factorial(ell - m) / math.factorial(ell + m))
         for exponents, value in _times(legendre, real).items():
-            table[column[exponents], l + m] = norm * value
+            table[column[exponents], ell + m] = norm * value
         if m > 0:
             for exponents, value in _times(legendre, imaginary).items():
-                table[column[exponents], l - m] = norm * value
+                table[column[exponents], ell - m] = norm * value
         real, imaginary = (
             _plus(_times(z, real), 1.0, _times(x, imaginary), -1.0),
             _plus(_times(x, real), 1.0, _times(z, imaginary), 1.0),
@@ -103,19 +101,19 @@ class SphericalHarmonics(Constants):
     def __init__(self, l_max: int, dtype: torch.dtype):
         super().__init__()
         self.l_max = l_max
-        rows = sum(len(monomials(l)) for l in range(l_max + 1))
+        rows = sum(len(monomials(ell)) for ell in range(l_max + 1))
         table = np.zeros((rows, (l_max + 1) ** 2))
         row = 0
         left: List[Tensor] = []
         right: List[Tensor] = []
-        for l in range(l_max + 1):
-            count = len(monomials(l))
-            table[row : row + count, l * l : (l + 1) ** 2] = harmonic_coefficients(l)
+        for ell in range(l_max + 1):
+            count = len(monomials(ell))
+            table[row : row + count, ell * ell : (ell + 1) ** 2] = harmonic_coefficients(ell)
             row += count
-            if l >= 2:  # each monomial is one of the degree below times one of x, y, z
-                index = {exponents: place for place, exponents in enumerate(monomials(l - 1))}
+            if ell >= 2:  # each monomial is one of the degree below times one of x, y, z
+                index = {exponents: place for place, exponents in enumerate(monomials(ell - 1))}
                 pairs = []
-                for exponents in monomials(l):
+                for exponents in monomials(ell):
                     axis = next(a for a in range(3) if exponents[a] > 0)
                     lower = list(exponents)
                     lower[axis] -= 1
@@ -160,19 +158,19 @@ def _clebsch_gordan(j1: int, m1: int, j2: int, m2: int, j3: int, m3: int) -> flo
     return math.sqrt(front) * total
 
 
-def _real_basis(l: int) -> np.ndarray:
+def _real_basis(ell: int) -> np.ndarray:
     """(complex m, real m): columns are the real functions, in e3nn's phase (-i)^l."""
-    q = np.zeros((2 * l + 1, 2 * l + 1), dtype=np.complex128)
-    q[l, l] = 1.0
-    for m in range(1, l + 1):
-        q[l - m, l + m] = 1.0 / math.sqrt(2.0)
-        q[l - m, l - m] = -1.0j / math.sqrt(2.0)
-        q[l + m, l + m] = (-1) ** m / math.sqrt(2.0)
-        q[l + m, l - m] = 1.0j * (-1) ** m / math.sqrt(2.0)
-    return (-1.0j) ** l * q
+    q = np.zeros((2 * ell + 1, 2 * ell + 1), dtype=np.complex128)
+    q[ell, ell] = 1.0
+    for m in range(1, ell + 1):
+        q[ell - m, ell + m] = 1.0 / math.sqrt(2.0)
+        q[ell - m, ell - m] = -1.0j / math.sqrt(2.0)
+        q[ell + m, ell + m] = (-1) ** m / math.sqrt(2.0)
+        q[ell + m, ell - m] = 1.0j * (-1) ** m / math.sqrt(2.0)
+    return (-1.0j) ** ell * q
 
 
-@lru_cache(maxsize=None)
+@cache
 def real_3j(l1: int, l2: int, l3: int) -> np.ndarray:
     """(2l1+1, 2l2+1, 2l3+1) float64: the invariant tensor of three real irreps, Frobenius norm 1."""
     shape = (2 * l1 + 1, 2 * l2 + 1, 2 * l3 + 1)
