@@ -42,11 +42,18 @@ class Pairs:
         return torch.linalg.vector_norm(self.vectors, dim=1)
 
 
+def translations(system: AtomicSystem, index: Tensor, shifts: Tensor) -> Tensor:
+    """(E, 3) float64 lattice vectors of given pairs, A."""
+    if system.n_systems == 1:  # a gather of one cell per pair would cost more than the rest of the list
+        return shifts.to(system.cell.dtype) @ system.cell[0]
+    cell = system.cell[system.system_index[index[0]]]
+    return torch.bmm(shifts.to(cell.dtype).unsqueeze(1), cell).squeeze(1)
+
+
 def pair_vectors(system: AtomicSystem, index: Tensor, shifts: Tensor) -> Tensor:
     """(E, 3) float64 vectors r_j - r_i + shift of given pairs, A."""
-    cell = system.cell[system.system_index[index[0]]]
-    translation = torch.bmm(shifts.to(cell.dtype).unsqueeze(1), cell).squeeze(1)
-    return system.positions[index[1]] - system.positions[index[0]] + translation
+    x = system.positions
+    return x.index_select(0, index[1]) - x.index_select(0, index[0]) + translations(system, index, shifts)
 
 
 def pairs(system: AtomicSystem, cutoff: float) -> Pairs:
@@ -105,17 +112,20 @@ class PairList:
     builds: int = 0
     _reference: AtomicSystem | None = field(default=None, repr=False)
     _candidates: Pairs | None = field(default=None, repr=False)
+    _translations: Tensor | None = field(default=None, repr=False)
 
     def update(self, system: AtomicSystem) -> Pairs:
         """The pairs of `system` within the cutoff."""
-        if self._candidates is None or not self.holds(system):
+        if self._candidates is None or self._translations is None or not self.holds(system):
             self._candidates = pairs(system, self.cutoff + self.skin)
+            self._translations = translations(system, self._candidates.index, self._candidates.shifts)
             self._reference = system
             self.builds += 1
-        index, shifts = self._candidates.index, self._candidates.shifts
-        vectors = pair_vectors(system, index, shifts)
-        keep = ((vectors * vectors).sum(dim=1) < self.cutoff * self.cutoff).nonzero().squeeze(1)
-        return _checked(system, Pairs(index[:, keep], shifts[keep], vectors[keep]))
+        index, shifts, x = self._candidates.index, self._candidates.shifts, system.positions
+        vectors = x.index_select(0, index[1]) - x.index_select(0, index[0]) + self._translations
+        keep = (vectors.square().sum(dim=1) < self.cutoff * self.cutoff).nonzero().squeeze(1)
+        found = Pairs(index.index_select(1, keep), shifts.index_select(0, keep), vectors.index_select(0, keep))
+        return _checked(system, found)
 
     def holds(self, system: AtomicSystem) -> bool:
         """Whether the stored candidates still contain every pair of `system`."""

@@ -193,9 +193,14 @@ class Deployed(Model):
         """
         dtype = self.dtype_of.dtype
         receiver, sender = pairs[0], pairs[1]
-        pair_system = system_index[receiver]
-        translation = torch.bmm(shifts.to(positions.dtype).unsqueeze(1), cell[pair_system]).squeeze(1)
-        r = (positions[sender] - positions[receiver] + translation).detach()
+        n_systems = cell.shape[0]
+        if n_systems == 1:  # a gather of one cell per pair is what costs
+            pair_system = receiver
+            translation = torch.mm(shifts.to(cell.dtype), cell[0])
+        else:
+            pair_system = system_index[receiver]
+            translation = torch.bmm(shifts.to(cell.dtype).unsqueeze(1), cell[pair_system]).squeeze(1)
+        r = (positions.index_select(0, sender) - positions.index_select(0, receiver) + translation).detach()
         vectors = r.to(dtype).clone()
         x, box = positions.detach().clone(), cell.detach().clone()
         n = numbers.shape[0]
@@ -224,8 +229,11 @@ class Deployed(Model):
             pair_gradient = zeros_if_none(grads[0], vectors).to(torch.float64)
             force = torch.zeros_like(positions).index_add(0, receiver, pair_gradient)
             force = force.index_add(0, sender, -pair_gradient)
-            outer = r.unsqueeze(2) * pair_gradient.unsqueeze(1)
-            virial = torch.zeros_like(cell).index_add(0, pair_system, outer)
+            if n_systems == 1:
+                virial = torch.mm(r.t(), pair_gradient).unsqueeze(0)
+            else:
+                outer = r.unsqueeze(2) * pair_gradient.unsqueeze(1)
+                virial = torch.zeros_like(cell).index_add(0, pair_system, outer)
             virial = -0.5 * (virial + virial.transpose(1, 2))
             if self.long_range:
                 dx, dbox = zeros_if_none(grads[1], x), zeros_if_none(grads[2], box)
