@@ -313,8 +313,13 @@ def check_species(numbers: Tensor, spec: Spec) -> None:
         )
 
 
-def reference_energy(system: AtomicSystem, spec: Spec) -> Tensor:
-    """(S,) float64 eV: sum of the atomic reference energies of each structure."""
+def head_of(model: Model, system: AtomicSystem) -> Tensor:
+    """(S,) int64 level of theory: the model's choice, else the one each structure names."""
+    return system.head if model.head is None else torch.full_like(system.head, model.head)
+
+
+def reference_energy(system: AtomicSystem, spec: Spec, head: Tensor) -> Tensor:
+    """(S,) float64 eV: sum of the atomic reference energies of each structure at levels of theory `head` (S,)."""
     table = torch.zeros(max(len(spec.heads), 1), 119, dtype=torch.float64)
     if spec.atomic_energies:
         from ase.data import atomic_numbers
@@ -323,7 +328,7 @@ def reference_energy(system: AtomicSystem, spec: Spec) -> Tensor:
             for symbol, value in spec.atomic_energies.get(head, {}).items():
                 table[h, atomic_numbers[symbol]] = value
     table = table.to(system.numbers.device)
-    atom = table[system.head[system.system_index], system.numbers]
+    atom = table[head[system.system_index], system.numbers]
     return torch.zeros_like(system.total_charge).index_add(0, system.system_index, atom)
 
 
@@ -336,7 +341,6 @@ def call(
     deployed: Model, system: AtomicSystem, pairs: Pairs, forces: bool = True, create_graph: bool = False
 ) -> Dict[str, Tensor]:
     """Hand a system to a deployed potential; the one place that spells out its arguments."""
-    head = system.head if deployed.head is None else torch.full_like(system.head, deployed.head)
     return deployed(
         system.numbers,
         system.positions,
@@ -347,7 +351,7 @@ def call(
         system.system_index,
         system.total_charge,
         system.total_spin,
-        head,
+        head_of(deployed, system),
         forces,
         create_graph,
     )
@@ -382,7 +386,7 @@ def evaluate(
     interaction = out.pop("energy")
     virial = out.pop("virial", None)
     return Prediction(
-        energy=interaction + reference_energy(system, spec),
+        energy=interaction + reference_energy(system, spec, head_of(deployed, system)),
         interaction_energy=interaction,
         atom_energy=out.pop("atom_energy"),
         forces=out.pop("forces", None),
