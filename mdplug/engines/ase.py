@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from mdplug.pairs import PairList
-from mdplug.potential import deploy, device_of, evaluate
+from mdplug.potential import Model, deploy, device_of, evaluate
 from mdplug.system import AtomicSystem
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class Calculator(AseCalculator):
         potential: what `mdplug.load` gives, a Potential or a Deployed one; or a file or model name, loaded as is.
     """
 
-    def __init__(self, potential: torch.nn.Module | str | Path):
+    def __init__(self, potential: Model | str | Path):
         super().__init__()
         if isinstance(potential, str | Path):
             from mdplug.artifact import load
