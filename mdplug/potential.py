@@ -324,8 +324,8 @@ def reference_energy(system: AtomicSystem, spec: Spec, head: Tensor) -> Tensor:
     if spec.atomic_energies:
         from ase.data import atomic_numbers
 
-        for h, head in enumerate(spec.heads):
-            for symbol, value in spec.atomic_energies.get(head, {}).items():
+        for h, name in enumerate(spec.heads):
+            for symbol, value in spec.atomic_energies.get(name, {}).items():
                 table[h, atomic_numbers[symbol]] = value
     table = table.to(system.numbers.device)
     atom = table[head[system.system_index], system.numbers]
