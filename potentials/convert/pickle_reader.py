@@ -86,8 +86,8 @@ class Inert:
         return here if isinstance(here, Inert) else None
 
 
-def tensors(root: Inert) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer of a module by its dotted name, in the order of the file."""
+def tensors(root: Inert, kinds: tuple[str, ...] = ("_parameters", "_buffers")) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a module by their dotted names."""
     out: dict[str, torch.Tensor] = {}
     waiting: list[tuple[str, Inert]] = [("", root)]
     seen: set[int] = set()
@@ -96,7 +96,7 @@ def tensors(root: Inert) -> dict[str, torch.Tensor]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        for kind in ("_parameters", "_buffers"):
+        for kind in kinds:
             for key, value in module.children(kind).items():
                 if isinstance(value, torch.Tensor):
                     out[f"{prefix}{key}"] = value
@@ -221,8 +221,8 @@ class _Machine:
             "numpy.core.multiarray.scalar": _numpy_scalar,
             "numpy._core.multiarray.scalar": _numpy_scalar,
             "e3nn.o3._irreps.Irreps": lambda *items: tuple(*items),
-            "e3nn.o3._irreps._MulIr": lambda *items: items,
-            "e3nn.o3._irreps.Irrep": lambda *items: items,
+            "e3nn.o3._irreps._MulIr": lambda *items: tuple(*items),
+            "e3nn.o3._irreps.Irrep": lambda *items: tuple(*items),
         }
 
     def run(self, data: bytes) -> Any:
