@@ -1,0 +1,315 @@
+"""A potential as an openmm.PythonForce: one callable that contexts, copies and threads share.
+
+OpenMM hands over positions in nm and a reduced box; the callable converts, asks for pairs, calls the deployed
+potential and hands back kJ/mol. Energies are interaction energies summed in float64: a float32 total has an ulp of
+several kJ/mol at a few hundred molecules, and Monte-Carlo barostats would act on that noise.
+"""
+
+import hashlib
+import pickle
+import threading
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+from openmm import app
+
+from mdplug.engines.openmm.guard import check_positions, check_result, write_frames
+from mdplug.engines.openmm.source import ModelFile, model_of, open_model
+from mdplug.errors import InputError
+from mdplug.pairs import PairList
+from mdplug.potential import Model, call, check_species, deploy
+from mdplug.system import AtomicSystem
+from mdplug.units import KJ_MOL_PER_EV, NM
+
+PREFIX = "mdplug-force-"  # of the names of our forces; what follows finds the callable
+MEMO = 2  # a barostat move asks for the old, the trial and again the old box
+LISTS = 4  # pair lists kept: the current box, a trial box, another context
+
+_living: "weakref.WeakValueDictionary[str, Plug]" = weakref.WeakValueDictionary()
+
+
+class Plug:
+    """The callable inside a PythonForce.
+
+    Attributes:
+        options: what `force` was asked for.
+        numbers: (n,) atomic numbers of the atoms it acts on.
+        evaluations: how often the model has been run.
+        memo_hits: how often a stored result was handed out instead.
+        error: the exception that stopped the last evaluation, or None.
+        last: the newest result: "energy" eV (float), "forces" (n, 3) eV/A or None, "virial" (3, 3) eV or None, and
+            what else the potential returns, as tensors.
+    """
+
+    def __init__(self, source: Model | ModelFile, options: dict[str, Any]):
+        """Args: the potential or its file, and {numbers, charge, spin, periodic, skin_A, max_force_eV_A, bad_frame}."""
+        self._begin(options, source)
+        try:
+            self._pickled = pickle.dumps(source)
+        except Exception:  # a compiled module: runs, but cannot be written
+            self._pickled = b""
+        # What is in memory can change under us, so only what a file says has a name that others may share.
+        said = repr((source, sorted(options.items()))).encode()
+        self.token = (hashlib.sha256(said).hexdigest() if isinstance(source, ModelFile) else uuid.uuid4().hex)[:16]
+
+    def _begin(self, options: dict[str, Any], source: Model | ModelFile | None) -> None:
+        self.options = options
+        self.numbers = np.array(options["numbers"], dtype=np.int64)
+        self.evaluations = 0
+        self.memo_hits = 0
+        self.error: BaseException | None = None
+        self.last: dict[str, Any] | None = None
+        self._source = source
+        self._wants_forces = True
+        self._lock = threading.Lock()
+        self._memo: deque[tuple[np.ndarray, np.ndarray | None, dict[str, Any]]] = deque(maxlen=MEMO)
+        self._lists: deque[PairList] = deque(maxlen=LISTS)
+
+    @cached_property
+    def potential(self) -> Model:
+        """The potential; a callable that came out of a pickle opens it at its first use."""
+        source = pickle.loads(self._pickled) if self._source is None else self._source
+        return open_model(source) if isinstance(source, ModelFile) else source
+
+    @cached_property
+    def _deployed(self) -> Model:
+        return deploy(self.potential)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        for tensor in (*self.potential.parameters(), *self.potential.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    @property
+    def conservative(self) -> bool:
+        """Forces are exactly -dE/dx."""
+        return self.potential.spec.conservative
+
+    @contextmanager
+    def energy_only(self) -> Iterator[None]:
+        """Inside the block no forces are computed (they read as zero): about half the cost of an energy.
+
+        OpenMM itself never says that it wants an energy alone; use this around `getState(getEnergy=True)`, never
+        around steps.
+        """
+        self._wants_forces = False
+        try:
+            yield
+        finally:
+            self._wants_forces = True
+
+    def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
+        """What OpenMM calls: energy in kJ/mol and forces (n, 3) in kJ/mol/nm.
+
+        Raises:
+            RuntimeError: anything that went wrong; the original is kept in `error` (see `errors_of`).
+        """
+        try:
+            positions = np.empty((len(self.numbers), 3))
+            state._getVectorAsNumpy(openmm.State.Positions, positions)
+            positions *= NM
+            box = np.array(state.getPeriodicBoxVectors()._value) * NM if self.options["periodic"] else None
+            result = self.result(positions, box, when=f"step {state.getStepCount()}", forces=self._wants_forces)
+            forces = result["forces"]
+            if forces is None:
+                return result["energy"] * KJ_MOL_PER_EV, np.zeros_like(positions)
+            return result["energy"] * KJ_MOL_PER_EV, forces * (KJ_MOL_PER_EV * NM)
+        except BaseException as error:
+            self.error = error
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    def result(
+        self, positions: np.ndarray, box: np.ndarray | None, *, when: str = "now", forces: bool = True
+    ) -> dict[str, Any]:
+        """Evaluate, or find in the memo, positions (n, 3) and a box (3, 3), both in A; see `last`.
+
+        Raises:
+            SimulationError: the guard's refusals.
+        """
+        with self._lock:
+            for at, around, known in reversed(self._memo):
+                same = np.array_equal(at, positions) and (box is None or np.array_equal(around, box))
+                if same and (known["forces"] is not None or not forces):
+                    self.memo_hits += 1
+                    self.last = known
+                    return known
+        try:
+            check_positions(positions, box, self.numbers, when)
+            result = self._evaluate(positions, box, forces)
+            check_result(result["energy"], result["forces"], self.numbers, self.options["max_force_eV_A"], when)
+        except Exception:
+            self._save(positions, box)
+            raise
+        with self._lock:
+            self._memo.append((positions, box, result))
+            self.last = result
+        return result
+
+    def _evaluate(self, positions: np.ndarray, box: np.ndarray | None, forces: bool) -> dict[str, Any]:
+        system = AtomicSystem.from_arrays(
+            self.numbers, positions, box, box is not None,
+            charge=self.options["charge"], spin=self.options["spin"], device=self._device,
+        )  # fmt: skip
+        pair_list = self._take_list(system)
+        pairs = pair_list.update(system)
+        with self._lock:
+            self._lists.append(pair_list)
+            self.evaluations += 1
+        result: dict[str, Any] = dict(call(self._deployed, system, pairs, forces))
+        result["energy"] = float(result["energy"][0])
+        result["forces"] = result["forces"].cpu().numpy() if forces else None
+        result["virial"] = result["virial"][0].cpu().numpy() if forces else None
+        return result
+
+    def _take_list(self, system: AtomicSystem) -> PairList:
+        """A pair list that holds for this system, out of reach of other threads; else a new one."""
+        with self._lock:
+            for k, candidate in enumerate(self._lists):
+                if candidate.holds(system):
+                    del self._lists[k]
+                    return candidate
+        return PairList(self.potential.spec.cutoff, skin=self.options["skin_A"])
+
+    def _save(self, positions: np.ndarray, box: np.ndarray | None) -> None:
+        if self.options["bad_frame"] is not None:
+            good = [("last good", self.numbers, at, around) for at, around, _ in list(self._memo)[-1:]]
+            write_frames(self.options["bad_frame"], [*good, ("offending", self.numbers, positions, box)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self._pickled:
+            raise InputError(
+                f"potential {self.potential.spec.name!r} is compiled code in memory and cannot be written; "
+                "give force() the path of its file instead"
+            )
+        return _restore, (self.token, self._pickled, self.options)
+
+
+def _restore(token: str, pickled: bytes, options: dict[str, Any]) -> Plug:
+    """The living callable of that token, or a new one.
+
+    Nothing is opened here: an exception while OpenMM reads a pickle would end the process.
+    """
+    plug = _living.get(token)
+    if plug is None:
+        plug = Plug.__new__(Plug)
+        plug._begin(options, None)
+        plug._pickled, plug.token = pickled, token
+        _living[token] = plug
+    return plug
+
+
+def force(
+    topology: app.Topology,
+    potential: Model | str | Path,
+    *,
+    atoms: Sequence[int] | None = None,
+    charge: float = 0.0,
+    spin: float = 1.0,
+    periodic: bool | str = "auto",
+    skin_A: float = 1.0,
+    max_force_eV_A: float = 1e4,
+    bad_frame: str | Path | None = None,
+) -> openmm.PythonForce:
+    """A potential as an OpenMM force.
+
+    Args:
+        topology: elements of the atoms; its box says whether the system is periodic.
+        potential: what `mdplug.load` gives, any Potential, or a model file. A system with a file's potential is
+            written (XML) with the file's path and hash; one built in memory is written whole.
+        atoms: indices it acts on; None: all.
+        charge: total charge of these atoms, e.
+        spin: multiplicity 2S+1 of these atoms.
+        periodic: True, False, or "auto": as the topology.
+        skin_A: extra range of the stored pair list.
+        max_force_eV_A: a larger force stops the run.
+        bad_frame: extxyz file for the last good and the offending frame when a run is stopped.
+
+    Raises:
+        InputError: an element the potential does not know, an atom without element or out of range, OpenMM too old.
+    """
+    model, file = model_of(potential)
+    listed = list(topology.atoms())
+    chosen = list(range(len(listed))) if atoms is None else [int(a) for a in atoms]
+    _check_atoms(chosen, listed, model.spec)
+    has_box = topology.getPeriodicBoxVectors() is not None
+    if periodic not in (True, False, "auto"):
+        raise InputError(f"periodic must be True, False or 'auto', got {periodic!r}")
+    if atoms is not None and periodic is False and has_box:
+        raise InputError(
+            "a force on some atoms of a periodic system must be periodic too (OpenMM's GPU platforms misplace the "
+            "atoms otherwise); leave periodic at 'auto'"
+        )
+    options = {
+        "numbers": tuple(listed[a].element.atomic_number for a in chosen),
+        "charge": float(charge),
+        "spin": float(spin),
+        "periodic": has_box if periodic == "auto" else bool(periodic),
+        "skin_A": float(skin_A),
+        "max_force_eV_A": float(max_force_eV_A),
+        "bad_frame": None if bad_frame is None else str(bad_frame),
+    }
+    made = Plug(file or model, options)
+    plug = _living.setdefault(made.token, made)
+    result = openmm.PythonForce(plug)
+    result.setName(PREFIX + plug.token)
+    result.setUsesPeriodicBoundaryConditions(options["periodic"])
+    if atoms is not None:
+        if not hasattr(result, "setParticles"):
+            raise InputError(f"atoms= needs OpenMM 8.6 or later, this is {openmm.__version__}; upgrade openmm")
+        result.setParticles(chosen)
+    return result
+
+
+def _check_atoms(chosen: list[int], listed: list[Any], spec: Any) -> None:
+    if not chosen:
+        raise InputError("no atoms to act on; give a topology with atoms, or atoms= with at least one index")
+    if len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= len(listed):
+        raise InputError(f"atoms= must be different indices in 0..{len(listed) - 1}")
+    for a in chosen:
+        if listed[a].element is None:
+            raise InputError(f"atom {a} ({listed[a].name}) of the topology has no element; set it, or leave it out")
+    # Atoms outside the subset may be of any kind: they read as one that is known, so that messages keep the index.
+    numbers = torch.full((len(listed),), spec.species[0] if spec.species else 1, dtype=torch.int64)
+    numbers[chosen] = torch.tensor([listed[a].element.atomic_number for a in chosen])
+    check_species(numbers, spec)
+
+
+def plugs_of(thing: Any) -> list[Plug]:
+    """The callables inside a force, System, Context or Simulation (also inside CustomCVForces)."""
+    if isinstance(thing, Plug):
+        return [thing]
+    if isinstance(thing, app.Simulation):
+        return plugs_of(thing.system)
+    if isinstance(thing, openmm.Context):
+        return plugs_of(thing.getSystem())
+    if isinstance(thing, openmm.System):
+        return [plug for one in thing.getForces() for plug in plugs_of(one)]
+    if isinstance(thing, openmm.CustomCVForce):
+        inner = [thing.getCollectiveVariable(k) for k in range(thing.getNumCollectiveVariables())]
+        return [plug for one in inner for plug in plugs_of(one)]
+    name = thing.getName()
+    if name.startswith(PREFIX) and name.removeprefix(PREFIX) in _living:
+        return [_living[name.removeprefix(PREFIX)]]
+    return []
+
+
+def plug_of(thing: Any) -> Plug:
+    """The one callable inside a force, System, Context or Simulation.
+
+    Raises:
+        InputError: none, or several.
+    """
+    found = plugs_of(thing)
+    if len(found) != 1:
+        raise InputError(f"found {len(found)} mdplug forces in this {type(thing).__name__}, expected one")
+    return found[0]
