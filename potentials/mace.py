@@ -19,6 +19,7 @@ from mdplug.potentials.blocks.harmonics import SphericalHarmonics
 from mdplug.potentials.blocks.interaction import KINDS, GatedMessenger, Layer, Messenger
 from mdplug.potentials.blocks.radial import PlainNet, Radial, Repulsion, SpeciesNet
 from mdplug.potentials.blocks.readout import GatedReadout, LinearReadout, NoReadout, StateEmbedding
+from mdplug.potentials.blocks.tables import tabulate
 from mdplug.spec import Spec
 
 CHUNK = 64  # atoms per chunk of the product: its monomials then stay in a core's cache
@@ -116,6 +117,9 @@ class MACE(Potential):
         if not spec.species:
             raise InputError(f"MACE {spec.name!r} needs a list of species")
         self.chunk = CHUNK
+        self.tabulated = False
+        self.table_error = 0.0
+        self.table_report: Dict[str, Any] = {}
         config = complete_config(spec.config)
         dtype = getattr(torch, spec.dtype)
         n_species, n_heads, n_layers = len(spec.species), len(spec.heads), len(config["kinds"])
@@ -267,6 +271,51 @@ class MACE(Potential):
             "atom_energy": energy[graph.place],
             "features": torch.cat(scalars, dim=1)[graph.place],
         }
+
+    @torch.jit.unused
+    def with_tables(self, tolerance: float = 1e-5) -> "MACE":
+        """A copy for inference: radial functions as splines, couplings summed into the product weights.
+
+        Models whose radial functions depend on both elements get a table per pair of elements; with so many elements
+        that these would fill 64 MiB, the exact nets stay (and `table_error` is 0).
+
+        Args:
+            tolerance: relative rms error allowed in the slopes of the radial functions, which forces follow.
+
+        Returns:
+            the copy; its `table_error` is the error reached and `table_report` says more.
+        """
+        if self.tabulated:
+            return self
+        fast = copy.deepcopy(self).requires_grad_(False)
+        for layer in fast.layers:
+            layer.product.fold()
+        fast.tabulated = True
+        weights = [layer.messenger.radial_weight for layer in self.layers]
+        tables = tabulate(self.radial, weights, self.cutoff, self.embedding.shape[0], tolerance)
+        if tables is None:
+            fast.table_report = {"radial": "exact: too many pairs of elements for tables"}
+            return fast
+        fast.radial = tables.radial
+        for layer, weight in zip(fast.layers, tables.weights, strict=True):
+            layer.messenger.radial_weight = nn.Parameter(weight, requires_grad=False)
+            layer.messenger.n_radial = weight.shape[0]
+        fast.table_error = tables.slope_error
+        fast.table_report = {
+            "radial": "cubic splines",
+            "slope_error": tables.slope_error,
+            "value_error": tables.value_error,
+            "knots": tables.knots,
+            "ranks": tables.ranks,
+        }
+        return fast
+
+    @torch.jit.unused
+    def with_exact_radial(self) -> "MACE":
+        """See `Potential.with_exact_radial`."""
+        if self.tabulated:
+            raise InputError("this model holds radial tables, not the nets behind them; load it with radial='exact'")
+        return self
 
     @torch.jit.unused
     def scales(self) -> Dict[str, Any]:
