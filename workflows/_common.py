@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import mdplug
-from mdplug.errors import InputError, RunFolderError
+from mdplug.errors import InputError, MdplugError, RunFolderError
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -120,6 +122,49 @@ def torch_threads(number: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+class Stopped(MdplugError):
+    """A signal ended a task in good order; the same command goes on.
+
+    Attributes:
+        exit_code: 130 after Ctrl-C, else 75, which batch systems take as "try again".
+    """
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 130 if number == signal.SIGINT else 75
+
+
+class Caught:
+    """The first signal that asked the task to stop, if any."""
+
+    number: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As in SIGTERM."""
+        return "" if self.number is None else signal.Signals(self.number).name
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Caught]:
+    """Note SIGINT, SIGTERM and SIGUSR1 instead of dying of them; a second Ctrl-C interrupts at once."""
+    caught = Caught()
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {n: signal.signal(n, caught) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
