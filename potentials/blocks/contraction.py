@@ -178,25 +178,24 @@ class SymmetricContraction(nn.Module):
                 power.fold()
 
     def forward(
-        self, features: Tensor, present: Tensor, starts: List[int], stops: List[int], kinds: List[int]
+        self, features: Tensor, present: Tensor, sizes: List[int], kinds: List[int]
     ) -> List[Tensor]:
         """Contract.
 
         Args:
             features: ((l_max+1)^2, n, K), atoms sorted by species.
             present: (S',) species that occur.
-            starts, stops, kinds: chunks of atoms and the place of their species in `present`.
+            sizes, kinds: chunks of atoms, and the place of their species in `present`.
 
         Returns:
             (2L+1, n, K) for each L.
         """
+        chunks = torch.split(features, sizes, dim=1)
         results: List[Tensor] = []
         for output in self.outputs:
             coefficients = output.coefficients(None if self.agnostic else present)
             parts: List[Tensor] = []
-            for c in range(len(starts)):
-                kind = 0 if self.agnostic else kinds[c]
-                chunk = features.narrow(1, starts[c], stops[c] - starts[c])
-                parts.append(output(chunk, coefficients, kind))
+            for c, chunk in enumerate(chunks):
+                parts.append(output(chunk, coefficients, 0 if self.agnostic else kinds[c]))
             results.append(torch.cat(parts, dim=1))
         return results

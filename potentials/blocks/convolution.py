@@ -37,7 +37,7 @@ class Graph(NamedTuple):
         harmonics: (n * width, (l_max+1)^2), zero in empty slots.
         order: (n,) sorted place -> atom; place: (n,) atom -> sorted place.
         present: (S',) species that occur among the atoms. sender_kind: (E,) place of the sender's species in `present`.
-        starts, stops, kinds: chunks of atoms of one species, and its place in `present`.
+        sizes, kinds: chunks of atoms of one species, and its place in `present`.
     """
 
     n: int
@@ -50,8 +50,7 @@ class Graph(NamedTuple):
     place: Tensor
     present: Tensor
     sender_kind: Tensor
-    starts: List[int]
-    stops: List[int]
+    sizes: List[int]
     kinds: List[int]
 
 
@@ -88,38 +87,47 @@ def build_graph(
     senders[slot] = sender
     present, kind = torch.unique(species, return_inverse=True)
     owned_counts: List[int] = torch.bincount(kind[:n_owned], minlength=present.shape[0]).tolist()
-    starts: List[int] = []
-    stops: List[int] = []
+    sizes: List[int] = []
     kinds: List[int] = []
-    begin = 0
-    for k in range(len(owned_counts)):
-        end = begin + owned_counts[k]
-        while begin < end:
-            starts.append(begin)
-            begin = min(begin + chunk, end)
-            stops.append(begin)
+    for k, left in enumerate(owned_counts):
+        while left > 0:
+            sizes.append(min(left, chunk))
             kinds.append(k)
+            left -= chunk
     table = pad(harmonics, slot, n_owned * width)
     return Graph(
-        n_owned, width, slot, sorted_receiver, senders, table, order, place, present, kind[sender], starts, stops, kinds
+        n_owned, width, slot, sorted_receiver, senders, table, order, place, present, kind[sender], sizes, kinds
     )
 
 
 def per_species(features: Tensor, weight: Tensor, graph: Graph) -> Tensor:
     """A matrix per irrep and species: ((L+1)^2, n, K) x (L'+1, S, K, K') -> ((L'+1)^2, n, K'), L' <= L."""
     parts: List[Tensor] = []
-    for c in range(len(graph.starts)):
+    for c, chunk in enumerate(torch.split(features, graph.sizes, dim=1)):
         matrices = weight.index_select(1, graph.present[graph.kinds[c]].unsqueeze(0)).squeeze(1)
-        parts.append(per_irrep(features.narrow(1, graph.starts[c], graph.stops[c] - graph.starts[c]), matrices))
+        parts.append(per_irrep(chunk, matrices))
     return torch.cat(parts, dim=1)
 
 
 def per_irrep(features: Tensor, weight: Tensor) -> Tensor:
     """A matrix per irrep: ((L+1)^2, n, K) x (L'+1, K, K') -> ((L'+1)^2, n, K'), L' <= L."""
+    if weight.shape[0] == 1:
+        return torch.matmul(features[:1], weight[0])
     parts: List[Tensor] = []
-    for ell in range(weight.shape[0]):
-        parts.append(torch.matmul(features.narrow(0, ell * ell, 2 * ell + 1), weight[ell]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
+    for ell, part in enumerate(split_irreps(features, 0)):
+        if ell < weight.shape[0]:
+            parts.append(torch.matmul(part, weight[ell]))
+    return torch.cat(parts, dim=0)
+
+
+def split_irreps(features: Tensor, dim: int) -> List[Tensor]:
+    """The blocks of 2 l + 1 components along a dimension of (L+1)^2; one copy in the backward pass."""
+    sizes: List[int] = []
+    size = 1
+    while sum(sizes) < features.shape[dim]:
+        sizes.append(size)
+        size += 2
+    return list(torch.split(features, sizes, dim=dim))
 
 
 class Messages(Constants):
@@ -133,15 +141,13 @@ class Messages(Constants):
         super().__init__()
         self.paths: List[Path] = paths(l_in, l_max)
         self.fan_in = [sum(1 for p in self.paths if p[2] == ell) for ell in range(l_max + 1)]
-        self.starts: List[int] = []
+        self.sizes: List[int] = []  # columns of each path in the coupled harmonics
         columns = []
-        width = 0
         for l1, l2, l3 in self.paths:
-            self.starts.append(width)
             block = np.zeros(((l_max + 1) ** 2, 2 * l1 + 1, 2 * l3 + 1))
             block[l2 * l2 : (l2 + 1) ** 2] = math.sqrt(2 * l3 + 1) * real_3j(l1, l2, l3).transpose(1, 0, 2)
             columns.append(block.reshape(block.shape[0], -1))
-            width += columns[-1].shape[1]
+            self.sizes.append(columns[-1].shape[1])
         self.add_constant("coupling", np.concatenate(columns, axis=1), dtype)
 
     def forward(self, features: Tensor, radial: Tensor, weight: Tensor, graph: Graph) -> List[Tensor]:
@@ -156,13 +162,13 @@ class Messages(Constants):
             (n, 2 l3 + 1, k) for each path.
         """
         n, width, k = graph.n, graph.width, features.shape[2]
-        gathered = features.index_select(0, graph.senders)
-        angular = torch.mm(graph.harmonics, self.coupling)
+        gathered = split_irreps(features.index_select(0, graph.senders), 1)
+        angular = torch.split(torch.mm(graph.harmonics, self.coupling), self.sizes, dim=1)
         out: List[Tensor] = []
         for p, (l1, _, l3) in enumerate(self.paths):
             m1, m3 = 2 * l1 + 1, 2 * l3 + 1
-            weighted = torch.mm(radial, weight[:, p]).unsqueeze(1) * gathered.narrow(1, l1 * l1, m1)
-            left = angular.narrow(1, self.starts[p], m1 * m3).reshape(n, width * m1, m3)
+            weighted = torch.mm(radial, weight[:, p]).unsqueeze(1) * gathered[l1]
+            left = angular[p].reshape(n, width * m1, m3)
             out.append(torch.bmm(left.transpose(1, 2), weighted.reshape(n, width * m1, k)))
         return out
 
@@ -185,6 +191,6 @@ def density_trick(harmonics: Tensor, radial: Tensor, weights: List[Tensor], grap
     density = torch.bmm(split.view(n, width, n_kinds * m).transpose(1, 2), radial.view(n, width, b))
     density = density.view(n, n_kinds, m, b).permute(2, 0, 1, 3).reshape(m, n, n_kinds * b)
     parts: List[Tensor] = []
-    for ell in range(len(weights)):
-        parts.append(torch.matmul(density.narrow(0, ell * ell, 2 * ell + 1), weights[ell]))
+    for ell, part in enumerate(split_irreps(density, 0)):
+        parts.append(torch.matmul(part, weights[ell]))
     return torch.cat(parts, dim=0)

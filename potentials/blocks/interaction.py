@@ -21,6 +21,7 @@ from mdplug.potentials.blocks.convolution import (
     pad,
     per_irrep,
     per_species,
+    split_irreps,
 )
 from mdplug.potentials.blocks.radial import ACTIVATION_NORM
 
@@ -163,6 +164,7 @@ class GatedMessenger(nn.Module):
         norm = (1.0 / (self.beta * rho + self.alpha)).view(1, -1, 1)
         messages = self.messages(sent, radial, self.radial_weight, graph)
         irreps: List[Tensor] = [messages[0] for _ in range(0)]
+        residual = split_irreps(own, 0)
         gates = torch.matmul(own[0], self.gate_residual)
         for p, message in enumerate(messages):
             message = message.transpose(0, 1) * norm
@@ -174,12 +176,12 @@ class GatedMessenger(nn.Module):
                 irreps[l3] = irreps[l3] + part
             else:
                 if l3 < self.residual.shape[0]:
-                    part = part + torch.matmul(own.narrow(0, l3 * l3, 2 * l3 + 1), self.residual[l3])
+                    part = part + torch.matmul(residual[l3], self.residual[l3])
                 irreps.append(part)
-        gates = torch.sigmoid(gates)
         irreps[0] = functional.silu(irreps[0])
-        for ell in range(1, self.l_max + 1):
-            irreps[ell] = irreps[ell] * gates.narrow(1, (ell - 1) * self.channels, self.channels)
+        if self.l_max > 0:
+            for ell, gate in enumerate(torch.split(torch.sigmoid(gates), self.channels, dim=1)):
+                irreps[ell + 1] = irreps[ell + 1] * gate
         return per_irrep(torch.cat(irreps, dim=0), self.mixer)
 
     @torch.jit.unused
@@ -254,7 +256,7 @@ class Layer(nn.Module):
             features: ((l_in+1)^2, n, K) old features of the owned atoms, sorted.
         """
         messages = self.messenger(sent, table, own, columns, harmonics, graph)
-        product = self.product(messages, graph.present, graph.starts, graph.stops, graph.kinds)
+        product = self.product(messages, graph.present, graph.sizes, graph.kinds)
         parts: List[Tensor] = []
         for ell, part in enumerate(product):
             parts.append(torch.matmul(part, self.mix[ell]))
