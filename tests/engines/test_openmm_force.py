@@ -11,51 +11,17 @@ import openmm
 import pytest
 import torch
 from ase import Atoms
-from openmm import app, unit
+from in_openmm import argon, context_of, in_openmm, lennard_jones, read, silicon
+from openmm import app
 
 import mdplug
 from mdplug.engines.openmm import create_system, errors_of, force, plug_of, plugs_of
 from mdplug.engines.openmm.topology import reduced_box, topology_from_ase
 from mdplug.errors import InputError, ModelFileError
 from mdplug.potential import evaluate
-from mdplug.potentials.pair import LennardJones
 from mdplug.potentials.stillinger_weber import StillingerWeber
 from mdplug.system import AtomicSystem
 from mdplug.units import KJ_MOL_PER_EV, NM
-
-
-def silicon(seed=0, n=24, edge=9.0, pbc=True):
-    """Random silicon in a random triclinic cell, each atom moved by random lattice vectors."""
-    rng = np.random.default_rng(seed)
-    cell = edge * (np.eye(3) + 0.25 * rng.normal(size=(3, 3)))
-    fractional = (np.array(np.meshgrid(*[range(3)] * 3)).reshape(3, -1).T / 3.0)[:n]
-    positions = fractional @ cell + rng.normal(scale=0.15, size=(n, 3))
-    if pbc:
-        positions += rng.integers(-3, 4, size=(n, 3)) @ cell
-    return Atoms([14] * n, positions, cell=cell if pbc else None, pbc=pbc)
-
-
-def in_openmm(atoms, potential, platform="Reference", properties=None, dt_ps=0.0005, **options):
-    """A context holding these atoms, and the rotation into it."""
-    system = create_system(topology_from_ase(atoms), potential, remove_cm=False, **options)
-    return context_of(system, atoms, platform, properties, dt_ps)
-
-
-def context_of(system, atoms, platform="Reference", properties=None, dt_ps=0.0005):
-    context = openmm.Context(
-        system, openmm.VerletIntegrator(dt_ps), openmm.Platform.getPlatformByName(platform), properties or {}
-    )
-    rotation = reduced_box(atoms.cell.array)[1] if atoms.pbc.all() else np.eye(3)
-    context.setPositions(atoms.positions @ rotation / NM)
-    return context, rotation
-
-
-def read(context, rotation=None):
-    """Energy in eV and forces in eV/A, turned back."""
-    state = context.getState(getEnergy=True, getForces=True)
-    energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole) / KJ_MOL_PER_EV
-    forces = state.getForces(asNumpy=True)._value / (KJ_MOL_PER_EV * NM)
-    return energy, forces if rotation is None else forces @ rotation.T
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -179,18 +145,8 @@ def test_memo_saves_a_third_of_barostat_evaluations_and_changes_nothing():
     assert np.array_equal(plain, remembered)
 
 
-def argon(n=3, edge=3.9, seed=0):
-    rng = np.random.default_rng(seed)
-    grid = np.array(np.meshgrid(*[range(n)] * 3)).reshape(3, -1).T * edge
-    return Atoms(["Ar"] * n**3, grid + rng.normal(scale=0.05, size=grid.shape), cell=[n * edge] * 3, pbc=True)
-
-
-def lennard_jones():
-    return LennardJones.new(epsilon=0.0103, sigma=3.4, cutoff=8.0, switch=7.0)
-
-
 def test_pair_lists_survive_trial_boxes():
-    from mdplug.engines.openmm.force import LISTS
+    from mdplug.engines.openmm.plug import LISTS
 
     atoms = argon()
     context, _ = in_openmm(atoms, lennard_jones())

@@ -5,6 +5,7 @@ import openmm
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
+from in_openmm import water
 from openmm import unit
 
 from mdplug.engines.openmm import check_ensemble, create_system
@@ -16,19 +17,6 @@ from mdplug.units import NM
 
 def potential():
     return LennardJones.new(epsilon=0.001, sigma=1.0, cutoff=4.0)
-
-
-def water(n=8, edge=3.6, seed=0):
-    """A cubic lattice of n randomly turned water molecules."""
-    rng = np.random.default_rng(seed)
-    side = round(n ** (1 / 3))
-    boxed = Atoms(cell=[side * edge] * 3, pbc=True)
-    for k in range(n):
-        one = molecule("H2O")
-        one.rotate(float(rng.random() * 360), rng.normal(size=3))
-        one.translate(np.array([k % side, k // side % side, k // side**2]) * edge - one.get_center_of_mass())
-        boxed += one
-    return boxed
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -96,7 +96,7 @@ def errors_of(*things: Any) -> Iterator[None]:
     Raises:
         BaseException: what was raised inside the force: SimulationError, the model's own, KeyboardInterrupt.
     """
-    from mdplug.engines.openmm.force import plugs_of
+    from mdplug.engines.openmm.plug import plugs_of
 
     plugs = [plug for thing in things for plug in plugs_of(thing)]
     for plug in plugs:

@@ -4,7 +4,7 @@ import numpy as np
 import openmm
 from openmm import unit
 
-from mdplug.engines.openmm.force import plug_of
+from mdplug.engines.openmm.plug import plug_of
 from mdplug.engines.openmm.topology import MOLECULES, box_A_of
 from mdplug.errors import InputError
 from mdplug.units import AMU_A2_PER_FS2, BAR, NM, PS
