@@ -1,4 +1,4 @@
-"""What every task shares: configs, run folders, structure files, progress, provenance."""
+"""What every task shares: configs, run folders, signals, progress, provenance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +27,8 @@ from mdplug.errors import InputError, MdplugError, RunFolderError
 
 if TYPE_CHECKING:
     from ase import Atoms
+
+C = TypeVar("C", bound=BaseModel)
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what is going on)."""
@@ -41,47 +43,46 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
-    @classmethod
-    def read(cls, file: Path | None = None, given: Mapping[str, Any] | None = None) -> Self:
-        """Merge a YAML file and given values; given values win.
-
-        Raises:
-            InputError: naming the file and the key.
-        """
-        values: dict[str, Any] = {}
-        if file is not None:
-            try:
-                values = yaml.safe_load(file.read_text()) or {}
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"config {file} cannot be read ({getattr(error, 'strerror', error)})") from error
-            except yaml.YAMLError as error:
-                raise InputError(f"config {file} is not YAML: {' '.join(str(error).split())}") from error
-            if not isinstance(values, dict):
-                raise InputError(f"config {file} must hold 'key: value' lines, got {type(values).__name__}")
-        values |= {key: value for key, value in (given or {}).items() if value is not None}
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise InputError(cls._explain(error, file)) from error
-
-    @classmethod
-    def _explain(cls, error: ValidationError, file: Path | None) -> str:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        where = f"config {file}: " if file else ""
-        if first["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(key, cls.model_fields, n=1)
-            mend = f"did you mean {close[0]}?" if close else f"known: {', '.join(cls.model_fields)}"
-            return f"{where}unknown option {key!r}; {mend}"
-        if first["type"] == "missing":
-            return f"{where}option {key!r} is missing; give it"
-        message = first["msg"].removeprefix("Value error, ")
-        value = f", got {first['input']!r}" if key and not isinstance(first["input"], dict) else ""
-        return f"{where}{key + ': ' if key else ''}{message}{value}"
-
     def to_yaml(self) -> str:
         """The config as YAML that `read` takes."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_config(kind: type[C], file: Path | None, given: Mapping[str, Any]) -> C:
+    """A config from a YAML file and given values; given values win.
+
+    Raises:
+        InputError: naming the file and the option.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = yaml.safe_load(file.read_text()) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"config {file} cannot be read ({getattr(error, 'strerror', error)})") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"config {file} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"config {file} must hold 'key: value' lines, got {type(values).__name__}")
+    try:
+        return kind.model_validate(values | dict(given))
+    except ValidationError as error:
+        raise InputError(_explain(error, kind, file)) from error
+
+
+def _explain(error: ValidationError, kind: type[BaseModel], file: Path | None) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    where = f"config {file}: " if file else ""
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, kind.model_fields, n=1)
+        mend = f"did you mean {close[0]}?" if close else f"known: {', '.join(kind.model_fields)}"
+        return f"{where}unknown option {key!r}; {mend}"
+    if first["type"] == "missing":
+        return f"{where}option {key!r} is missing; give it"
+    message = first["msg"].removeprefix("Value error, ")
+    value = f", got {first['input']!r}" if key and not isinstance(first["input"], dict) else ""
+    return f"{where}{key + ': ' if key else ''}{message}{value}"
 
 
 class ModelConfig(Config):
@@ -321,62 +322,6 @@ def provenance() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-
-
-# --- structures ------------------------------------------------------------------------------------------------------
-
-OVERLAP_A = 0.5  # no two nuclei of matter come closer (H2: 0.74 A)
-
-
-def read_structures(path: Path) -> list[Atoms]:
-    """Every frame of a structure file that ASE reads, checked.
-
-    Raises:
-        InputError: naming the file, the frame and the atom.
-    """
-    from ase.io import iread
-
-    if not path.is_file():
-        raise InputError(f"no structure file {path}; check the name")
-    try:
-        frames = list(iread(path, index=":"))
-    except Exception as error:  # ASE's readers raise anything
-        raise InputError(
-            f"{path} cannot be read as a structure file ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        ) from error
-    if not frames:
-        raise InputError(f"{path} holds no structure; check the file")
-    for number, atoms in enumerate(frames):
-        check_structure(atoms, f"{path}" if len(frames) == 1 else f"{path} frame {number}")
-    return frames
-
-
-def check_structure(atoms: Atoms, where: str) -> None:
-    """Refuse what cannot be matter in Angstrom.
-
-    Raises:
-        InputError: no atoms, unknown elements, NaN, a missing cell, overlapping atoms, or positions in other units.
-    """
-    from mdplug.pairs import pairs
-    from mdplug.system import AtomicSystem
-
-    try:
-        system = AtomicSystem.from_ase(atoms)
-        close = pairs(system, OVERLAP_A)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    if not close.n_pairs:
-        return
-    shortest = int(close.distances.argmin())
-    i, j = (int(k) for k in close.index[:, shortest])
-    distance = float(close.distances[shortest])
-    if close.index[0].unique().numel() > max(1, len(atoms) // 2):
-        raise InputError(
-            f"{where}: most atoms are closer than {OVERLAP_A} A to another (atoms {i} and {j}: {distance:.3f}); are "
-            "lengths in nm? mdplug reads Angstrom"
-        )
-    image = " (its own periodic image)" if i == j else ""
-    raise InputError(f"{where}: atoms {i} and {j}{image} overlap, {distance:.3f} A apart; move or remove one of them")
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

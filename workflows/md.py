@@ -17,17 +17,18 @@ from pydantic import Field
 from mdplug.errors import InputError, SimulationError
 from mdplug.registry import resolve
 from mdplug.units import PS
+from mdplug.workflows._bonds import bond_lengths, bonds_of, broken_bonds, made_whole
 from mdplug.workflows._common import (
     ModelConfig,
     Progress,
     RunFolder,
     Stopped,
     catch_signals,
-    read_structures,
     silent,
     torch_threads,
     write_atomic,
 )
+from mdplug.workflows._structures import read_structures
 from mdplug.workflows.md_files import (
     Frame,
     Log,
@@ -40,7 +41,6 @@ from mdplug.workflows.md_files import (
     to_atoms,
     write_checkpoint,
 )
-from mdplug.workflows._bonds import bond_lengths, bonds_of, broken_bonds, made_whole
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -303,8 +303,8 @@ class _Run:
             fast = fast[np.argsort(-energy[fast])]
             raise SimulationError(
                 f"step {self.engine.step}: atoms fly apart: {energy[worst]:.3g} eV of kinetic energy on atom "
-                f"{name_atoms(fast, self.atoms.numbers)}, limit {self.config.max_atom_energy_eV:g}; relax first, shorten "
-                "the time step, or use another model"
+                f"{name_atoms(fast, self.atoms.numbers)}, limit {self.config.max_atom_energy_eV:g}; relax first, "
+                "shorten the time step, or use another model"
             )
 
     def _failed(
@@ -337,7 +337,8 @@ class _Run:
         frame = self.engine.frame()
         write_atomic(folder / "final.extxyz", extxyz_text(to_atoms(self.atoms, frame, self.rotation)))
         table = read_log(folder / "log.csv")
-        title = f"{config.structure.name}: {config.ensemble.upper()} at {config.temperature_K:g} K with {self.potential.spec.name}"
+        conditions = f"{config.ensemble.upper()} at {config.temperature_K:g} K"
+        title = f"{config.structure.name}: {conditions} with {self.potential.spec.name}"
         plot_log(folder / "log.png", table, title)
         broken = broken_bonds(frame.positions, frame.box, self.bonds, bond_lengths(self.atoms, self.bonds))
         result = Result(

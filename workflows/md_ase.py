@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ class AseEngine:
         """Minimise where asked for; draw velocities."""
         config = self.config
         if config.minimise:
-            LBFGS(self.atoms, logfile=None).run(fmax=config.minimise_fmax_eV_A, steps=config.minimise_steps)
+            LBFGS(self.atoms, logfile=os.devnull).run(fmax=config.minimise_fmax_eV_A, steps=config.minimise_steps)
         drawn = np.random.default_rng((config.seed, 0)).normal(size=(len(self.atoms), 3))
         velocities = np.sqrt(units.kB * config.temperature_K / self.masses)[:, None] * drawn
         if len(self.atoms) > 1:
