@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mdplug.errors import InputError, ModelFileError
 from mdplug.potential import Model, Potential
@@ -197,10 +196,9 @@ def _load_torchscript(path: Path) -> Exported:
     return Exported(script, spec)
 
 
-def save_torchscript(module: nn.Module, spec: Spec, path: str | Path) -> Path:
-    """Compile a module and write it with its Spec, atomically; what `export` builds goes through here."""
+def save_torchscript(script: torch.jit.ScriptModule, spec: Spec, path: str | Path) -> Path:
+    """Write a compiled module with its Spec, atomically; what `export` builds goes through here."""
     target = Path(path)
     temporary = target.with_name(target.name + ".part")
-    script = torch.jit.freeze(torch.jit.script(module.eval()))
     torch.jit.save(script, str(temporary), _extra_files={SPEC_KEY: spec.to_json().encode()})
     return temporary.replace(target)

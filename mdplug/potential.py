@@ -11,34 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mdplug.errors import InputError
+from mdplug.exchange import exchange
 from mdplug.pairs import Pairs
 from mdplug.pairs import pairs as find_pairs
 from mdplug.spec import Spec
 from mdplug.system import AtomicSystem
-
-# The operator by which features cross domain borders. Alone in a process it is the identity; an engine that splits
-# space puts its communication behind it.
-_library = torch.library.Library("mdplug", "DEF")
-_library.define("exchange(Tensor features, int n_owned) -> Tensor")
-_exchange_hook: List[Any] = [None]
-
-
-def _exchange(features: Tensor, n_owned: int) -> Tensor:
-    hook = _exchange_hook[0]
-    return features.clone() if hook is None else hook(features, n_owned)
-
-
-_library.impl("exchange", _exchange, "CompositeImplicitAutograd")
-
-
-def exchange(features: Tensor, n_owned: int) -> Tensor:
-    """Fill the ghost rows of (N, width) features from their owners; the identity where no space is split.
-
-    Rows below `n_owned` come back unchanged. Differentiable: the reverse adds ghost cotangents to their owners.
-    """
-    if features.shape[0] == n_owned:
-        return features
-    return torch.ops.mdplug.exchange(features, n_owned)
 
 
 class Model(nn.Module):
@@ -63,7 +40,17 @@ class Model(nn.Module):
 
 
 class Potential(Model):
-    """An interatomic potential: subclass it, call `super().__init__(spec)`, write `local`."""
+    """An interatomic potential: subclass it, call `super().__init__(spec)`, write `local`.
+
+    Attributes:
+        alone: compiled for one process: `exchange` and its operator are left out of the file.
+    """
+
+    alone: Final[bool]
+
+    def __init__(self, spec: Spec):
+        super().__init__(spec)
+        self.alone = False
 
     @classmethod
     def from_spec(cls, spec: Spec) -> "Potential":
@@ -84,6 +71,13 @@ class Potential(Model):
     def scales(self) -> Dict[str, Any]:
         """{parameter: typical size of its entries} where far from one; an optimiser steps relative to it."""
         return {}
+
+    def exchange(self, features: Tensor, n_owned: int) -> Tensor:
+        """Ghost rows of (N, width) features filled from their owners; call it between message-passing layers."""
+        if self.alone:
+            return features
+        else:  # noqa: RET505  (TorchScript drops the branch that a constant rules out)
+            return exchange(features, n_owned)
 
     def local(
         self,

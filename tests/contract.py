@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 
 import mdplug
 from mdplug import potential as core
+from mdplug.exchange import set_exchange
 from mdplug.pairs import Pairs, pairs
 from mdplug.potential import Deployed, Potential, call, evaluate
 from mdplug.system import AtomicSystem, batch
@@ -169,13 +170,13 @@ def check_split(potential, atoms, tolerance):
             errors.append(error)
             barrier.abort()
 
-    core._exchange_hook[0] = hook
+    set_exchange(hook)
     try:
         threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
         [t.start() for t in threads]
         [t.join() for t in threads]
     finally:
-        core._exchange_hook[0] = None
+        set_exchange(None)
     if errors:
         raise errors[0]
     total = sum(results[r][0].to(torch.float64).sum() for r in range(2))
