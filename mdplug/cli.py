@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not debug:
-        warnings.showwarning = _warn
+        warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         _app(words)(words, prog_name="mdplug")
     except MdplugError as error:
@@ -73,7 +73,7 @@ def _say(text: str) -> None:
     sys.stderr.write(f"mdplug: {text}\n")
 
 
-def _warn(message: Warning | str, category: type[Warning], *where: Any) -> None:
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     if issubclass(category, UserWarning):
         _say(f"warning: {message}")
 

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import mdplug
 from mdplug.errors import InputError, MdplugError, RunFolderError
+from mdplug.workflows._structures import read_structures as read_structures
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -42,6 +43,11 @@ class Config(BaseModel):
     """Options of a task: from YAML, the command line or Python alike; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    @classmethod
+    def read(cls, file: Path | None = None, given: Mapping[str, Any] | None = None) -> Self:
+        """See `read_config`."""
+        return read_config(cls, file, given or {})
 
     def to_yaml(self) -> str:
         """The config as YAML that `read` takes."""

@@ -1,0 +1,48 @@
+"""A model file -> TorchScript that runs with torch alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from mdplug.workflows._common import Config as BaseConfig
+from mdplug.workflows._common import Progress, disk_errors, sha256, silent
+
+
+class Config(BaseConfig):
+    """Options of `mdplug export`."""
+
+    model: Path = Field(description="model file, or the name of a shipped one")
+    output: Path = Field(description="file to write, by habit NAME.pt")
+    target: Literal["portable", "native", "lammps"] = Field("portable", description="who will run it")
+    dtype: Literal["float32", "float64"] | None = Field(None, description="width; default: as trained")
+    radial: Literal["exact", "tables"] | None = Field(
+        None, description="radial functions; default: exact in float64, tables in float32"
+    )
+
+
+@dataclass
+class Result:
+    """The file written."""
+
+    output: Path
+    sha256: str
+
+
+def run(config: Config, *, progress: Progress = silent) -> Result:
+    """Export.
+
+    Raises:
+        InputError: no such model, or options that do not fit it.
+    """
+    from mdplug.export import export
+
+    progress(0, 1, f"compiling {config.model}")
+    with disk_errors(config.output):
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        path = export(config.model, config.output, config.target, dtype=config.dtype, radial=config.radial)
+    progress(1, 1, "done")
+    return Result(path, sha256(path))
