@@ -95,11 +95,13 @@ def aggregate(molecules: Sequence[Atoms], rng: np.random.Generator, *, scale: fl
         everything = np.concatenate(placed)
         centre = everything.mean(axis=0)
         placed = [part - centre for part in placed]
-    return _cluster(numbers, np.concatenate(placed), sum(m.info["charge"] for m in molecules), [len(m) for m in molecules])
+    return _cluster(
+        numbers, np.concatenate(placed), sum(m.info["charge"] for m in molecules), [len(m) for m in molecules]
+    )
 
 
 def _cluster(numbers: np.ndarray, positions: np.ndarray, charge: float, sizes: Sequence[int]) -> Atoms:
-    atoms = Atoms(numbers, positions, info={"charge": int(round(charge)), "spin": 1})
+    atoms = Atoms(numbers, positions, info={"charge": round(charge), "spin": 1})
     atoms.set_array("mol_id", np.repeat(np.arange(len(sizes)), sizes))
     return atoms
 
@@ -173,8 +175,8 @@ def stretch_bond(atoms: Atoms, bonds: Sequence[tuple[int, int]], bond: tuple[int
     others = [b for b in bonds if tuple(sorted(b)) != tuple(sorted(bond))]
     from_i, from_j = _graph_distances(len(atoms), others, i), _graph_distances(len(atoms), others, j)
     ring = np.isfinite(from_i[j])
-    weight_i = np.where(from_i < from_j, 0.5 ** from_i if ring else 1.0, 0.0)
-    weight_j = np.where(from_j < from_i, 0.5 ** from_j if ring else 1.0, 0.0)
+    weight_i = np.where(from_i < from_j, 0.5**from_i if ring else 1.0, 0.0)
+    weight_j = np.where(from_j < from_i, 0.5**from_j if ring else 1.0, 0.0)
     out = atoms.copy()
     vector = (factor - 1.0) * (atoms.positions[j] - atoms.positions[i])
     out.positions += 0.5 * (weight_j - weight_i)[:, None] * vector

@@ -5,40 +5,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import io
-import json
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError
-from ase.io import iread, write
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from mdplug.errors import InputError, MdplugError, RunFolderError, SimulationError
+from mdplug.errors import InputError, MdplugError, SimulationError
+from mdplug.workflows import _common as common
+from mdplug.workflows._common import Progress, RunFolder, disk_errors, sha256, silent
+from mdplug.workflows._structures import read_structures
+from mdplug.workflows.journal import Journal, Outcome
 from mdplug.workflows.sample import Recipe, Start, structures
 from mdplug.workflows.xtb import XTB
 
 
-class Config(BaseModel):
+class Config(common.Config):
     """What to label and how.
 
     Either ``inputs`` (structure files that ASE reads) or ``recipe`` (a YAML file) is given.
     """
 
-    model_config = ConfigDict(extra="forbid")
     inputs: tuple[Path, ...] = ()
     recipe: Path | None = None
     output: Path = Path("labels")
@@ -84,14 +82,6 @@ class Result:
     n_new: int
     sha256: str
     wall_s: float
-
-
-@dataclass
-class _Outcome:
-    id: str
-    labelled: list[Atoms] = field(default_factory=list)
-    failed: list[Atoms] = field(default_factory=list)
-    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,8 +142,8 @@ class _Labeller:
             )
         return load_factory(str(config.calculator))(**config.calculator_kwargs)
 
-    def __call__(self, unit: Start | _Frame) -> _Outcome:
-        outcome = _Outcome(unit.id)
+    def __call__(self, unit: Start | _Frame) -> Outcome:
+        outcome = Outcome(unit.id)
         for atoms in self._structures(unit, outcome):
             limit = atoms.info.pop("fmax_eV_A", self.config.fmax_eV_A)
             try:
@@ -172,7 +162,7 @@ class _Labeller:
                 outcome.labelled.append(done)
         return outcome
 
-    def _structures(self, unit: Start | _Frame, outcome: _Outcome) -> Iterator[Atoms]:
+    def _structures(self, unit: Start | _Frame, outcome: Outcome) -> Iterator[Atoms]:
         if isinstance(unit, _Frame):
             yield unit.atoms
             return
@@ -208,47 +198,21 @@ def load_factory(path: str) -> Callable[..., Calculator]:
         raise InputError(f"calculator {path!r} cannot be imported ({error}); give 'module:factory'") from error
 
 
-def read_recipe(path: Path) -> Recipe:
-    """A recipe from YAML.
-
-    Raises:
-        InputError: not there, not YAML, or with keys that a recipe does not have.
-    """
-    try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise InputError(f"recipe {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"recipe {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
 def read_frames(config: Config) -> list[_Frame]:
     """Every frame of the input files with its charge and spin.
 
     Raises:
-        InputError: naming the file and frame: unreadable, empty, NaN positions, or a charge that nobody says.
+        InputError: naming the file and frame: not matter, or a charge that nobody says.
     """
     frames: list[_Frame] = []
     for path in config.inputs:
-        try:
-            found = list(iread(path, index=":"))
-        except Exception as error:  # ASE's readers raise anything
-            raise InputError(f"{path} cannot be read as a structure file: {' '.join(str(error).split())}") from error
-        if not found:
-            raise InputError(f"{path} holds no frame")
-        for i, atoms in enumerate(found):
+        for i, atoms in enumerate(read_structures(path)):
             where = f"{path} frame {i}"
-            if len(atoms) == 0:
-                raise InputError(f"{where} has no atoms")
-            if not np.isfinite(atoms.positions).all():
-                atom = int(np.flatnonzero(~np.isfinite(atoms.positions).all(1))[0])
-                raise InputError(f"{where}: the position of atom {atom} is not finite")
             charge = atoms.info.get("charge", config.charge)
             if charge is None:
-                raise InputError(f"{where}: its total charge is unknown; set charge=... in its comment line or --charge")
+                raise InputError(
+                    f"{where}: its total charge is unknown; set charge=... in its comment line or --charge"
+                )
             atoms.calc = None
             atoms.info |= {"charge": charge, "spin": atoms.info.get("spin", config.spin or 1)}
             unit = f"{path.stem}-{i:06d}"
@@ -256,113 +220,6 @@ def read_frames(config: Config) -> list[_Frame]:
             atoms.info.setdefault("source", path.name)
             frames.append(_Frame(f"{len(frames):06d}-{unit}", atoms))
     return frames
-
-
-class _Store:
-    """Append-only files of a run: labels and failures, and a ledger that says how far each is whole.
-
-    A unit of work is written, flushed to the disk, and only then entered in the ledger with the ends of both files; on
-    opening, whatever lies beyond the last whole ledger line is cut off.
-    """
-
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder = folder
-        self.done: dict[str, dict[str, Any]] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._check(folder / "run.json", identity)
-            self.ends = {"labels": 0, "failed": 0}
-            whole = 0
-            ledger = folder / "ledger.jsonl"
-            if ledger.exists():
-                for line in ledger.read_bytes().splitlines(keepends=True):
-                    if not line.endswith(b"\n"):
-                        break
-                    entry = json.loads(line)
-                    entry["begin"] = dict(self.ends)
-                    self.ends = entry["ends"]
-                    self.done[entry["id"]] = entry
-                    whole += len(line)
-            self.files = {name: self._open(folder / f"{name}.partial.extxyz", end) for name, end in self.ends.items()}
-            self.ledger = self._open(ledger, whole)
-        except OSError as error:
-            raise RunFolderError(f"{folder} cannot be written: {error.strerror}; give another --output") from error
-
-    def _check(self, path: Path, identity: dict[str, Any]) -> None:
-        text = json.dumps(identity, indent=1, sort_keys=True)
-        if not path.exists():
-            if (self.folder / "ledger.jsonl").exists() or (self.folder / "labels.extxyz").exists():
-                raise RunFolderError(f"{self.folder} holds files but no run.json: give an empty --output")
-            _write_atomic(path, text)
-        elif path.read_text() != text:
-            old = json.loads(path.read_text())
-            changed = [k for k in identity if old.get(k) != identity[k]]
-            raise RunFolderError(
-                f"{self.folder} belongs to another run ({', '.join(changed)} differ): give another --output"
-            )
-
-    @staticmethod
-    def _open(path: Path, end: int) -> io.BufferedRandom:
-        path.touch()
-        handle = path.open("r+b")
-        handle.truncate(end)
-        handle.seek(end)
-        return handle
-
-    def add(self, outcome: _Outcome) -> None:
-        """Write one finished unit."""
-        begin = dict(self.ends)
-        for name, frames in (("labels", outcome.labelled), ("failed", outcome.failed)):
-            if frames:
-                self.files[name].write(as_extxyz(frames))
-                self.files[name].flush()
-                os.fsync(self.files[name].fileno())
-                self.ends[name] = self.files[name].tell()
-        counts = {"labelled": len(outcome.labelled), "failed": len(outcome.failed), "left_out": outcome.left_out}
-        entry = {"id": outcome.id, "ends": dict(self.ends)} | counts
-        self.ledger.write(json.dumps(entry).encode() + b"\n")
-        self.ledger.flush()
-        os.fsync(self.ledger.fileno())
-        self.done[outcome.id] = entry | {"begin": begin}
-
-    def finish(self, order: list[str]) -> str:
-        """Write both files in the order of the units, and the hash of the labels."""
-        digest = hashlib.sha256()
-        for name in ("labels", "failed"):
-            target = self.folder / f"{name}.extxyz"
-            temporary = target.with_suffix(".tmp")
-            with temporary.open("wb") as out:
-                for unit in order:
-                    entry = self.done[unit]
-                    self.files[name].seek(entry["begin"][name])
-                    block = self.files[name].read(entry["ends"][name] - entry["begin"][name])
-                    out.write(block)
-                    if name == "labels":
-                        digest.update(block)
-                out.flush()
-                os.fsync(out.fileno())
-            temporary.replace(target)
-        return digest.hexdigest()
-
-    def close(self) -> None:
-        for handle in (*self.files.values(), self.ledger):
-            handle.close()
-
-    def total(self, key: str) -> int:
-        return sum(entry[key] for entry in self.done.values())
-
-
-def as_extxyz(frames: list[Atoms]) -> bytes:
-    """Frames as extended XYZ text."""
-    text = io.StringIO()
-    write(text, frames, format="extxyz", write_results=False)
-    return text.getvalue().encode()
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 _LABELLER: _Labeller | None = None
@@ -379,7 +236,7 @@ def _start_worker(config: Config, recipe: Recipe | None) -> None:
     _LABELLER = _Labeller(config, recipe)
 
 
-def _work(unit: Start | _Frame) -> _Outcome:
+def _work(unit: Start | _Frame) -> Outcome:
     from threadpoolctl import threadpool_limits
 
     if _LABELLER is None:
@@ -388,7 +245,7 @@ def _work(unit: Start | _Frame) -> _Outcome:
         return _LABELLER(unit)
 
 
-def run(config: Config, *, progress: Callable[[int, int, str], None] | None = None) -> Result:
+def run(config: Config, *, progress: Progress = silent) -> Result:
     """Label everything; continue where an earlier call of the same configuration stopped.
 
     Args:
@@ -400,41 +257,37 @@ def run(config: Config, *, progress: Callable[[int, int, str], None] | None = No
         RunFolderError: the output folder belongs to another run or cannot be written.
     """
     began = time.monotonic()
-    recipe = read_recipe(config.recipe) if config.recipe is not None else None
+    recipe = Recipe.read(config.recipe) if config.recipe is not None else None
     units: list[Any] = list(recipe.starts()) if recipe is not None else list(read_frames(config))
-    identity = config.model_dump(mode="json", exclude={"output", "workers", "inputs", "recipe"})
-    identity["recipe"] = recipe.model_dump(mode="json") if recipe is not None else None
-    identity["inputs"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in config.inputs}
-    store = _Store(config.output, json.loads(json.dumps(identity)))
-    todo = [unit for unit in units if unit.id not in store.done]
-    before = store.total("labelled")
-    try:
-        for outcome in _outcomes(config, recipe, todo):
-            store.add(outcome)
-            if progress is not None:
-                text = f"{store.total('labelled')} labels, {store.total('failed')} failed"
-                progress(len(store.done), len(units), text)
-        sha256 = store.finish([unit.id for unit in units])
-    except OSError as error:
-        raise RunFolderError(f"{config.output} cannot be written: {error.strerror}") from error
-    finally:
-        store.close()
-    result = Result(
-        labels=config.output / "labels.extxyz",
-        failed=config.output / "failed.extxyz",
-        n_labelled=store.total("labelled"),
-        n_failed=store.total("failed"),
-        n_left_out=store.total("left_out"),
-        n_new=store.total("labelled") - before,
-        sha256=sha256,
-        wall_s=time.monotonic() - began,
-    )
-    summary = {k: str(v) if isinstance(v, Path) else v for k, v in vars(result).items()}
-    _write_atomic(config.output / "summary.yaml", yaml.safe_dump(summary, sort_keys=False))
+    files = config.inputs if config.recipe is None else (config.recipe,)
+    with RunFolder(config.output, "label", config, inputs=files, may_change=("workers",)) as folder:
+        journal = Journal(folder.path)
+        before = journal.total("labelled")
+        todo = [unit for unit in units if unit.id not in journal.done]
+        try:
+            for outcome in _outcomes(config, recipe, todo):
+                with disk_errors(folder.path):
+                    journal.add(outcome)
+                text = f"{journal.total('labelled')} labels, {journal.total('failed')} failed"
+                progress(len(journal.done), len(units), text)
+            journal.finish([unit.id for unit in units])
+        finally:
+            journal.close()
+        result = Result(
+            labels=folder / "labels.extxyz",
+            failed=folder / "failed.extxyz",
+            n_labelled=journal.total("labelled"),
+            n_failed=journal.total("failed"),
+            n_left_out=journal.total("left_out"),
+            n_new=journal.total("labelled") - before,
+            sha256=sha256(folder / "labels.extxyz"),
+            wall_s=time.monotonic() - began,
+        )
+        folder.summary(**vars(result))
     return result
 
 
-def _outcomes(config: Config, recipe: Recipe | None, todo: list[Any]) -> Iterator[_Outcome]:
+def _outcomes(config: Config, recipe: Recipe | None, todo: list[Any]) -> Iterator[Outcome]:
     if config.workers == 1 or len(todo) <= 1:
         from threadpoolctl import threadpool_limits
 

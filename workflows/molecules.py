@@ -153,7 +153,9 @@ def conformers(molecule: Molecule, count: int = 1, seed: int = 1) -> tuple[Templ
         raise InputError(f"molecule {molecule.name!r}: {molecule.smiles!r} is not a SMILES")
     ids = list(all_chem.EmbedMultipleConfs(mol, numConfs=count, randomSeed=seed, numThreads=1))
     if not ids:
-        raise InputError(f"molecule {molecule.name!r}: no geometry found for {molecule.smiles!r}; give a file instead")
+        raise InputError(
+            f"molecule {molecule.name!r}: RDKit finds no geometry for {molecule.smiles!r}; check the SMILES"
+        )
     if mol.GetNumAtoms() > 1:
         has_mmff = all_chem.MMFFHasAllMoleculeParams(mol)
         optimise = all_chem.MMFFOptimizeMoleculeConfs if has_mmff else all_chem.UFFOptimizeMoleculeConfs

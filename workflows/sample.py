@@ -16,12 +16,13 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.units import fs as ase_fs
 from pydantic import BaseModel, ConfigDict, Field
 
 from mdplug.errors import InputError
+from mdplug.units import BOLTZMANN
 from mdplug.workflows import clusters
+from mdplug.workflows._common import Config
 from mdplug.workflows.molecules import Template, conformers, resolve
 
 CalculatorFactory = Callable[[], Calculator]
@@ -117,10 +118,9 @@ class Bonds(_Task):
 Task = Annotated[IsolatedAtoms | Molecules | Clusters | Contacts | Bonds, Field(discriminator="kind")]
 
 
-class Recipe(BaseModel):
+class Recipe(Config):
     """What to sample. The same recipe and seed give the same structures."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str
     seed: int
     tasks: tuple[Task, ...]
@@ -128,7 +128,9 @@ class Recipe(BaseModel):
     def starts(self) -> list[Start]:
         """All starts in an order shuffled by the seed, so that an unfinished run is a fair part of the whole."""
         found = [
-            Start(self.seed, t, i, f"{task.name}-{i:05d}") for t, task in enumerate(self.tasks) for i in range(task.starts())
+            Start(self.seed, t, i, f"{task.name}-{i:05d}")
+            for t, task in enumerate(self.tasks)
+            for i in range(task.starts())
         ]
         order = np.random.default_rng(self.seed).permutation(len(found))
         return [found[k] for k in order]
@@ -165,6 +167,51 @@ def structures(recipe: Recipe, start: Start, calculator: CalculatorFactory) -> I
         atoms.info = {"charge": atoms.info["charge"], "spin": atoms.info.get("spin", 1)} | tags
         atoms.info["config_type"] = config_type
         yield atoms
+
+
+def carve_clusters(
+    frames: Iterable[Atoms],
+    *,
+    seed: int,
+    per_frame: int = 4,
+    n_atoms: tuple[int, int] = (30, 60),
+    ion_share: float = 0.5,
+    template: Atoms | None = None,
+    source: str = "carved",
+    split: str = "train",
+) -> Iterator[Atoms]:
+    """Clusters of whole molecules out of the frames of a liquid box, ready to be labelled.
+
+    Args:
+        frames: periodic frames with ``mol_id`` and ``mol_charge`` (as ``build`` writes them), or without, then
+            ``template`` is the box they started from and lends both.
+        seed: of the choice of centres and sizes.
+        per_frame: clusters of each frame.
+        n_atoms: smallest and largest size asked for.
+        ion_share: this fraction of the clusters has a charged molecule in the middle, where there is one.
+        template: see ``frames``.
+        source: for ``info["source"]``.
+        split: for ``info["split"]``.
+    """
+    rng = np.random.default_rng(seed)
+    for k, frame in enumerate(frames):
+        box = frame.copy()
+        if template is not None:
+            if len(template) != len(box) or (template.numbers != box.numbers).any():
+                raise InputError(f"frame {k} does not have the atoms of the template")
+            for name in ("mol_id", "mol_charge"):
+                box.set_array(name, template.arrays[name])
+        ids = np.unique(box.arrays["mol_id"]) if "mol_id" in box.arrays else np.zeros(0, dtype=int)
+        if not len(ids) or "mol_charge" not in box.arrays:
+            raise InputError(f"frame {k} has no mol_id and mol_charge: give the box it started from as template")
+        ions = np.unique(box.arrays["mol_id"][box.arrays["mol_charge"] != 0])
+        for n in range(per_frame):
+            middle = ions if len(ions) and rng.random() < ion_share else ids
+            cluster = clusters.carve(box, int(rng.choice(middle)), int(rng.integers(n_atoms[0], n_atoms[1] + 1)))
+            kind = "carved_" + _cluster_kind(cluster)
+            cluster.info |= {"group": f"{source}-{k:05d}", "source": source, "split": split, "config_type": kind}
+            cluster.info["id"] = f"{source}-{k:05d}-{n}"
+            yield cluster
 
 
 def _isolated(task: IsolatedAtoms, start: Start, calculator: CalculatorFactory) -> Iterator[tuple[str, Atoms]]:
@@ -213,7 +260,8 @@ def _contacts(task: Contacts, start: Start, calculator: CalculatorFactory) -> It
     rng = start.rng()
     for _ in range(task.each):
         pair = [
-            _draw_modes(str(rng.choice(task.molecules)), rng, calculator).sample(task.temperature_K, rng) for _ in range(2)
+            _draw_modes(str(rng.choice(task.molecules)), rng, calculator).sample(task.temperature_K, rng)
+            for _ in range(2)
         ]
         # Elements first, then an atom of it: rare elements meet as often as hydrogens.
         chosen = [int(rng.choice(np.flatnonzero(m.numbers == rng.choice(np.unique(m.numbers))))) for m in pair]
@@ -330,7 +378,8 @@ def _dynamics(
     atoms = atoms.copy()
     atoms.calc = calc
     state = np.random.RandomState(int(rng.integers(2**31)))
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature_K, rng=state)
+    spread = np.sqrt(atoms.get_masses() * BOLTZMANN * temperature_K)
+    atoms.set_momenta(state.standard_normal((len(atoms), 3)) * spread[:, None])
     engine = Langevin(
         atoms,
         settings.timestep_fs * ase_fs,

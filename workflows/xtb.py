@@ -92,7 +92,7 @@ class XTB(Calculator):
             formula = atoms.get_chemical_formula()
             raise InputError(f"the total charge of {formula} is unknown: set info['charge'] (e)")
         charge, spin = float(atoms.info["charge"]), int(atoms.info.get("spin", 1))
-        electrons = int(round(atoms.numbers.sum() - charge))
+        electrons = round(float(atoms.numbers.sum()) - charge)
         if (electrons - (spin - 1)) % 2:
             raise InputError(
                 f"{atoms.get_chemical_formula()} with charge {charge:g} has {electrons} electrons, which spin {spin} "
