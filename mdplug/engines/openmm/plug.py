@@ -11,7 +11,7 @@ import threading
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from mdplug.engines.openmm.source import ModelFile, model_of, open_model
 from mdplug.errors import InputError
 from mdplug.pairs import PairList
 from mdplug.potential import Model, call, check_species, deploy
+from mdplug.spec import Spec
 from mdplug.system import AtomicSystem
 from mdplug.units import KJ_MOL_PER_EV, NM
 
@@ -212,7 +213,7 @@ def force(
     topology: app.Topology,
     potential: Model | str | Path,
     *,
-    atoms: Sequence[int] | None = None,
+    atoms: Iterable[int] | None = None,
     charge: float = 0.0,
     spin: float = 1.0,
     periodic: bool | str = "auto",
@@ -238,22 +239,18 @@ def force(
         InputError: an element the potential does not know, an atom without element or out of range, OpenMM too old.
     """
     model, file = model_of(potential)
-    listed = list(topology.atoms())
-    chosen = list(range(len(listed))) if atoms is None else [int(a) for a in atoms]
-    _check_atoms(chosen, listed, model.spec)
-    has_box = topology.getPeriodicBoxVectors() is not None
-    if periodic not in (True, False, "auto"):
-        raise InputError(f"periodic must be True, False or 'auto', got {periodic!r}")
-    if atoms is not None and periodic is False and has_box:
+    chosen, numbers = chosen_atoms(topology, atoms, model.spec)
+    everywhere = is_periodic(topology, periodic)
+    if atoms is not None and not everywhere and topology.getPeriodicBoxVectors() is not None:
         raise InputError(
             "a force on some atoms of a periodic system must be periodic too (OpenMM's GPU platforms misplace the "
             "atoms otherwise); leave periodic at 'auto'"
         )
     options = {
-        "numbers": tuple(listed[a].element.atomic_number for a in chosen),
+        "numbers": tuple(numbers),
         "charge": float(charge),
         "spin": float(spin),
-        "periodic": has_box if periodic == "auto" else bool(periodic),
+        "periodic": everywhere,
         "skin_A": float(skin_A),
         "max_force_eV_A": float(max_force_eV_A),
         "bad_frame": None if bad_frame is None else str(bad_frame),
@@ -270,7 +267,14 @@ def force(
     return result
 
 
-def _check_atoms(chosen: list[int], listed: list[Any], spec: Any) -> None:
+def chosen_atoms(topology: app.Topology, atoms: Iterable[int] | None, spec: Spec) -> tuple[list[int], list[int]]:
+    """Indices and atomic numbers of the atoms a force acts on.
+
+    Raises:
+        InputError: none, twice the same, out of range, without element, or one that the potential does not know.
+    """
+    listed = list(topology.atoms())
+    chosen = list(range(len(listed))) if atoms is None else [int(a) for a in atoms]
     if not chosen:
         raise InputError("no atoms to act on; give a topology with atoms, or atoms= with at least one index")
     if len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= len(listed):
@@ -278,10 +282,23 @@ def _check_atoms(chosen: list[int], listed: list[Any], spec: Any) -> None:
     for a in chosen:
         if listed[a].element is None:
             raise InputError(f"atom {a} ({listed[a].name}) of the topology has no element; set it, or leave it out")
+    numbers = [listed[a].element.atomic_number for a in chosen]
     # Atoms outside the subset may be of any kind: they read as one that is known, so that messages keep the index.
-    numbers = torch.full((len(listed),), spec.species[0] if spec.species else 1, dtype=torch.int64)
-    numbers[chosen] = torch.tensor([listed[a].element.atomic_number for a in chosen])
-    check_species(numbers, spec)
+    every = torch.full((len(listed),), spec.species[0] if spec.species else 1, dtype=torch.int64)
+    every[chosen] = torch.tensor(numbers)
+    check_species(every, spec)
+    return chosen, numbers
+
+
+def is_periodic(topology: app.Topology, periodic: bool | str) -> bool:
+    """What `periodic` = True, False or "auto" means for this topology.
+
+    Raises:
+        InputError: something else.
+    """
+    if periodic not in (True, False, "auto"):
+        raise InputError(f"periodic must be True, False or 'auto', got {periodic!r}")
+    return topology.getPeriodicBoxVectors() is not None if periodic == "auto" else bool(periodic)
 
 
 def plugs_of(thing: Any) -> list[Plug]:
