@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -340,17 +339,3 @@ def write_pdb(path: Path, atoms: Atoms, bonds: np.ndarray) -> None:
     )
     with path.open("w") as handle:
         PDBFile.writeFile(topology, (atoms.positions / NM) * unit.nanometer, handle, keepIds=False)
-
-
-def read_bonds(atoms: Atoms) -> np.ndarray:
-    """(n, 2) bonds that ``build`` wrote into a structure file.
-
-    Raises:
-        InputError: the file has none.
-    """
-    bonds = atoms.info.get("bonds")
-    if bonds is None:
-        raise InputError(f"{atoms.get_chemical_formula()} carries no bonds; build writes them")
-    if isinstance(bonds, str):
-        bonds = json.loads(bonds.removeprefix("_JSON "))
-    return np.asarray(bonds, dtype=int).reshape(-1, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,9 @@ class Journal:
         for handle in (*self.files.values(), self.ledger):
             handle.close()
 
-    def total(self, key: str) -> int:
-        """Sum of ``labelled``, ``failed`` or ``left_out`` over all units so far."""
-        return sum(entry[key] for entry in self.done.values())
+    def total(self, key: str, units: Iterable[str]) -> int:
+        """Sum of ``labelled``, ``failed`` or ``left_out`` over those of the units that are done."""
+        return sum(self.done[unit][key] for unit in units if unit in self.done)
 
 
 def as_extxyz(frames: list[Atoms]) -> bytes:

@@ -30,15 +30,13 @@ from mdplug.workflows.journal import Journal, Outcome
 from mdplug.workflows.sample import Recipe, Start, structures
 from mdplug.workflows.xtb import XTB
 
+RECIPES = (".yaml", ".yml")
+
 
 class Config(common.Config):
-    """What to label and how.
+    """What to label and how."""
 
-    Either ``inputs`` (structure files that ASE reads) or ``recipe`` (a YAML file) is given.
-    """
-
-    inputs: tuple[Path, ...] = ()
-    recipe: Path | None = None
+    inputs: tuple[Path, ...] = Field(min_length=1, description="structure files, or one sampling recipe (.yaml)")
     output: Path = Path("labels")
     method: Literal["xtb", "ase"] = "xtb"
     hamiltonian: str = "GFN2-xTB"
@@ -53,9 +51,9 @@ class Config(common.Config):
     workers: int = Field(1, ge=1)
 
     @model_validator(mode="after")
-    def _one_source(self) -> Config:
-        if bool(self.inputs) == (self.recipe is not None):
-            raise ValueError("give either structure files or a recipe")
+    def _fits_together(self) -> Config:
+        if len(self.inputs) > 1 and any(path.suffix in RECIPES for path in self.inputs):
+            raise ValueError("give structure files or one recipe, not both")
         if (self.method == "ase") != (self.calculator is not None):
             raise ValueError("method 'ase' needs calculator 'module:factory', and only it takes one")
         return self
@@ -257,29 +255,29 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
         RunFolderError: the output folder belongs to another run or cannot be written.
     """
     began = time.monotonic()
-    recipe = Recipe.read(config.recipe) if config.recipe is not None else None
+    recipe = Recipe.read(config.inputs[0]) if config.inputs[0].suffix in RECIPES else None
     units: list[Any] = list(recipe.starts()) if recipe is not None else list(read_frames(config))
-    files = config.inputs if config.recipe is None else (config.recipe,)
-    with RunFolder(config.output, "label", config, inputs=files, may_change=("workers",)) as folder:
+    with RunFolder(config.output, "label", config, inputs=config.inputs, may_change=("workers",)) as folder:
         journal = Journal(folder.path)
-        before = journal.total("labelled")
+        ids = [unit.id for unit in units]
+        before = journal.total("labelled", ids)
         todo = [unit for unit in units if unit.id not in journal.done]
         try:
             for outcome in _outcomes(config, recipe, todo):
                 with disk_errors(folder.path):
                     journal.add(outcome)
-                text = f"{journal.total('labelled')} labels, {journal.total('failed')} failed"
+                text = f"{journal.total('labelled', ids)} labels, {journal.total('failed', ids)} failed"
                 progress(len(journal.done), len(units), text)
-            journal.finish([unit.id for unit in units])
+            journal.finish(ids)
         finally:
             journal.close()
         result = Result(
             labels=folder / "labels.extxyz",
             failed=folder / "failed.extxyz",
-            n_labelled=journal.total("labelled"),
-            n_failed=journal.total("failed"),
-            n_left_out=journal.total("left_out"),
-            n_new=journal.total("labelled") - before,
+            n_labelled=journal.total("labelled", ids),
+            n_failed=journal.total("failed", ids),
+            n_left_out=journal.total("left_out", ids),
+            n_new=journal.total("labelled", ids) - before,
             sha256=sha256(folder / "labels.extxyz"),
             wall_s=time.monotonic() - began,
         )

@@ -124,6 +124,7 @@ class Recipe(Config):
     name: str
     seed: int
     tasks: tuple[Task, ...]
+    first_starts: int | None = Field(None, ge=1, description="only so many of the starts, a fair part of every task")
 
     def starts(self) -> list[Start]:
         """All starts in an order shuffled by the seed, so that an unfinished run is a fair part of the whole."""
@@ -133,7 +134,7 @@ class Recipe(Config):
             for i in range(task.starts())
         ]
         order = np.random.default_rng(self.seed).permutation(len(found))
-        return [found[k] for k in order]
+        return [found[k] for k in order[: self.first_starts]]
 
 
 @dataclass(frozen=True)

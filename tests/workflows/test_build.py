@@ -6,7 +6,8 @@ from ase.io import read
 
 from mdplug.errors import InputError, MissingExtraError
 from mdplug.workflows import build as build_module
-from mdplug.workflows.build import Config, build, molecule_counts, parse_composition, read_bonds, run
+from mdplug.workflows._bonds import bonds_of
+from mdplug.workflows.build import Config, build, molecule_counts, parse_composition, run
 from mdplug.workflows.molecules import conformers, resolve
 
 pytest.importorskip("rdkit")
@@ -72,7 +73,7 @@ def test_files_come_back(tmp_path, electrolyte):
     back = read(result.output)
     np.testing.assert_allclose(back.positions, result.atoms.positions, atol=1e-7)
     np.testing.assert_allclose(np.asarray(back.cell), np.asarray(result.atoms.cell), atol=1e-7)
-    np.testing.assert_array_equal(read_bonds(back), result.bonds)
+    np.testing.assert_array_equal(bonds_of(back), result.bonds)
     np.testing.assert_array_equal(back.arrays["mol_id"], result.atoms.arrays["mol_id"])
     assert back.info["charge"] == 0
     assert list(np.unique(back.arrays["residue"])) == ["EC", "HOH", "LI", "PF6"]

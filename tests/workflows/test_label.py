@@ -114,6 +114,28 @@ def test_workers_give_the_same_file(tmp_path):
     assert two.sha256 == one.sha256
 
 
+def test_a_recipe_is_sampled_labelled_and_can_grow(tmp_path):
+    pytest.importorskip("rdkit")
+    recipe = tmp_path / "small.yaml"
+    text = (
+        "name: small\nseed: 4\ntasks:\n"
+        "- {kind: molecules, name: w, molecules: [water], starts_each: 4, "
+        "dynamics: {steps: 4, save_every: 2, temperatures_K: [300]}}\n"
+        "- {kind: atoms, name: a, species: {H: [0, 2]}}\n"
+    )
+    recipe.write_text(text)
+    whole = label.run(label.Config(inputs=(recipe,), output=tmp_path / "whole"))
+    frames = read(whole.labels, ":")
+    assert len(frames) == whole.n_labelled == 4 * 2 * 2 + 1
+    assert {f.info["group"] for f in frames} == {"w-00000", "w-00001", "w-00002", "w-00003", "a-00000"}
+    recipe.write_text(text + "first_starts: 2\n")
+    part = label.run(label.Config(inputs=(recipe,), output=tmp_path / "part"))
+    for a, b in zip(read(part.labels, ":"), frames, strict=False):
+        assert a.info["group"] == b.info["group"]
+        np.testing.assert_allclose(a.positions, b.positions, atol=1e-6)
+        assert a.info["REF_energy"] == pytest.approx(b.info["REF_energy"], abs=1e-4)
+
+
 def test_failed_scf_is_kept_aside_and_counted(tmp_path):
     source = tmp_path / "in.xyz"
     write(source, [water(0), water(1)])
@@ -184,14 +206,14 @@ def test_no_structure_file_and_no_recipe_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"noise\.xyz"):
         label.run(label.Config(inputs=(tmp_path / "noise.xyz",), output=tmp_path / "out"))
     with pytest.raises(InputError, match=r"missing\.yaml"):
-        label.run(label.Config(recipe=tmp_path / "missing.yaml", output=tmp_path / "out"))
+        label.run(label.Config(inputs=(tmp_path / "missing.yaml",), output=tmp_path / "out"))
     (tmp_path / "bad.yaml").write_text(
         "name: x\nseed: 1\ntasks: [{kind: bonds, name: b, molecules: [EC], colour: red}]\n"
     )
     with pytest.raises(InputError, match="colour"):
-        label.run(label.Config(recipe=tmp_path / "bad.yaml", output=tmp_path / "out"))
-    with pytest.raises(ValueError, match="either structure files or a recipe"):
-        label.Config()
+        label.run(label.Config(inputs=(tmp_path / "bad.yaml",), output=tmp_path / "out"))
+    with pytest.raises(ValueError, match="not both"):
+        label.Config(inputs=(tmp_path / "bad.yaml", tmp_path / "noise.xyz"))
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
