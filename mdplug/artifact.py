@@ -5,7 +5,10 @@ TorchScript with the same Spec; `load` takes either. This is the only file of th
 """
 
 import json
+import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,14 @@ from mdplug.registry import architecture, resolve
 from mdplug.spec import Spec
 
 SPEC_KEY = "mdplug.spec"  # metadata key (safetensors) and extra file (TorchScript)
+
+
+@contextmanager
+def quiet_torchscript() -> Iterator[None]:
+    """Without torch's notices that TorchScript is deprecated: a supported export here, and nothing a user can mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(torch.jit|TorchScript).*", category=DeprecationWarning)
+        yield
 
 
 class Exported(Model):
@@ -190,7 +201,8 @@ def _torchscript_spec(path: Path) -> Spec:
 def _load_torchscript(path: Path) -> Exported:
     spec = _torchscript_spec(path)
     try:
-        script = torch.jit.load(str(path), map_location="cpu")
+        with quiet_torchscript():
+            script = torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:
         raise ModelFileError(f"{path} does not load ({str(error).splitlines()[0]}); export it again") from error
     return Exported(script, spec)
@@ -200,5 +212,6 @@ def save_torchscript(script: torch.jit.ScriptModule, spec: Spec, path: str | Pat
     """Write a compiled module with its Spec, atomically; what `export` builds goes through here."""
     target = Path(path)
     temporary = target.with_name(target.name + ".part")
-    torch.jit.save(script, str(temporary), _extra_files={SPEC_KEY: spec.to_json().encode()})
+    with quiet_torchscript():
+        torch.jit.save(script, str(temporary), _extra_files={SPEC_KEY: spec.to_json().encode()})
     return temporary.replace(target)

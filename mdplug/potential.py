@@ -46,7 +46,7 @@ class Potential(Model):
         alone: compiled for one process: `exchange` and its operator are left out of the file.
     """
 
-    alone: Final[bool]
+    __constants__ = ["alone"]  # inherited, which Final annotations are not
 
     def __init__(self, spec: Spec):
         super().__init__(spec)
