@@ -1,0 +1,133 @@
+"""Radial functions against reference values, numpy, and their own exact form."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mdplug.errors import InputError
+from mdplug.potentials.blocks.radial import (
+    Repulsion,
+    make_basis,
+    make_transform,
+    polynomial_cutoff,
+)
+from mdplug.potentials.mace import MACE, describe
+
+F64 = torch.float64
+RADII = [0.31, 0.66]
+
+
+def column(*values):
+    return torch.tensor(values, dtype=F64).unsqueeze(1)
+
+
+def test_known_values():
+    assert polynomial_cutoff(column(2.0), torch.tensor(4.5, dtype=F64), 5).item() == pytest.approx(0.8542026929)
+    bessel = make_basis("bessel", 3, 4.5, F64)(column(1.0))[0]
+    np.testing.assert_allclose(bessel, [0.4285250731, 0.6565385020, 0.5773502692], atol=1e-10)
+    pair = torch.tensor([0]), torch.tensor([1])
+    for kind, value in (("agnesi", 0.3376963285), ("soft", 0.8537349587), ("none", 1.0)):
+        assert make_transform(kind, RADII, F64)(column(1.0), *pair).item() == pytest.approx(value)
+    zbl = Repulsion([1, 8], RADII, 5, F64)
+    assert zbl(column(0.5), *pair).item() == pytest.approx(3.0723075493)
+    assert zbl(column(0.98), *pair).item() == 0.0  # beyond the sum of radii
+
+
+def test_bases_against_numpy():
+    x = np.linspace(0.05, 0.95, 7)
+    chebyshev = make_basis("chebyshev", 8, 4.5, F64)(column(*x)).numpy()
+    np.testing.assert_allclose(chebyshev, np.polynomial.chebyshev.chebvander(x, 8)[:, 1:], atol=1e-14)
+    gaussian = make_basis("gaussian", 4, 4.5, F64)(column(*x)).numpy()
+    np.testing.assert_allclose(gaussian, np.exp(-0.5 * ((x[:, None] - np.arange(4) * 1.5) / 1.5) ** 2), atol=1e-14)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="bessel, gaussian or chebyshev"):
+        make_basis("fourier", 3, 4.5, F64)
+    with pytest.raises(InputError, match="none, agnesi or soft"):
+        make_transform("log", RADII, F64)
+
+
+def test_cutoff_is_smooth():
+    """Value, slope and curvature vanish at the cutoff; a hard cutoff would fail this."""
+    cutoff = torch.tensor(4.5, dtype=F64)
+    r = column(4.5 - 1e-5).requires_grad_(True)
+    f = polynomial_cutoff(r, cutoff, 5)
+    (slope,) = torch.autograd.grad(f, r, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope, r)
+    assert f.item() < 1e-14
+    assert abs(slope.item()) < 1e-8
+    assert abs(curvature.item()) < 1e-3
+    assert not polynomial_cutoff(column(4.5, 5.0, 50.0), cutoff, 5).any()
+
+
+@pytest.mark.parametrize("kind", ["agnesi", "soft"])
+def test_transforms_are_finite_near_zero_and_monotonic(kind):
+    r = torch.linspace(1e-3, 6.0, 200, dtype=F64).unsqueeze(1).requires_grad_(True)
+    pair = torch.zeros(200, dtype=torch.int64), torch.ones(200, dtype=torch.int64)
+    x = make_transform(kind, RADII, F64)(r, *pair)
+    (slope,) = torch.autograd.grad(x.sum(), r)
+    assert torch.isfinite(x).all()
+    assert torch.isfinite(slope).all()
+    steps = x.diff(dim=0)
+    assert (steps < 0).all() if kind == "agnesi" else (steps > -1e-3).all()
+
+
+TABLES = {
+    "plain": {"kinds": ["A", "R"]},
+    "agnesi": {"kinds": ["D", "DR"], "radial": {"transform": "agnesi"}},
+    "nonlinear": {"kinds": ["NL", "NL"], "radial": {"transform": "agnesi", "apply_cutoff": False}},
+}
+
+
+def model(name, tolerance):
+    spec = describe(name, {"channels": 8, **TABLES[name]}, 4.5, (1, 8))
+    exact = MACE.from_spec(spec).initialise(torch.Generator().manual_seed(0))
+    for net in exact.radial.nets:
+        if hasattr(net, "source"):  # the tables of a fresh net are nearly zero: make the pairs differ
+            net.source.data.normal_(generator=torch.Generator().manual_seed(1))
+            net.target.data.normal_(generator=torch.Generator().manual_seed(2))
+    return exact, exact.with_tables(tolerance)
+
+
+def radial_functions(mace, r, receiver, sender):
+    """All R(r) that reach the messages, and their slopes."""
+    a, b = (torch.full((len(r),), z) for z in (receiver, sender))
+
+    def functions(x):
+        columns = mace.radial(x, a, b)
+        used = [layer.messenger.n_radial for layer in mace.layers]
+        weights = [layer.messenger.radial_weight.flatten(1) for layer in mace.layers]
+        return torch.cat([c[:, :n] @ w for c, n, w in zip(columns, used, weights, strict=True)], dim=1)
+
+    return torch.func.jvp(functions, (r,), (torch.ones_like(r),))
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_tables_keep_their_stated_error(name):
+    """At points of our own choice, for every ordered pair of species; a coarse table must be seen as coarse."""
+    r = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 4.5, (700, 1)))
+    for tolerance in (1e-5, 0.3):
+        exact, tables = model(name, tolerance)
+        assert 0.0 < tables.table_error < tolerance
+        missed, total = 0.0, 0.0
+        for receiver in (0, 1):
+            for sender in (0, 1):
+                wanted = radial_functions(exact, r, receiver, sender)[1].detach()
+                got = radial_functions(tables, r, receiver, sender)[1].detach()
+                missed += (got - wanted).square().sum().item()
+                total += wanted.square().sum().item()
+        error = math.sqrt(missed / total)
+        assert error < 3 * tolerance
+        if tolerance == 0.3:
+            assert error > 1e-5
+
+
+def test_tables_are_only_for_loading():
+    exact, tables = model("plain", 1e-5)
+    assert tables.with_tables() is tables
+    assert exact.with_exact_radial() is exact
+    with pytest.raises(InputError, match="radial='exact'"):
+        tables.with_exact_radial()
