@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
-from ase.io import read, write
+from ase.io import iread, write
 from pydantic import Field
 
 from mdplug.errors import InputError, MissingExtraError
@@ -302,7 +302,7 @@ def _packmol(config: Config, blocks: list[tuple[Template, int]], box: float, n_a
         packed = folder / "packed.xyz"
         if done.returncode != 0 or "Success!" not in done.stdout or not packed.exists():
             raise InputError(_no_packing(config, "packmol gave up"))
-        atoms = read(packed, format="xyz")
+        atoms = next(iread(packed, format="xyz"))
     expected = np.concatenate([np.tile(shape.numbers, n) for shape, n in blocks])
     if len(atoms) != n_atoms or (atoms.numbers != expected).any():
         raise InputError("packmol handed back other atoms than it was given")

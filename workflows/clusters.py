@@ -152,7 +152,7 @@ def close_contact(
 
     Of ``trials`` orientations the one whose other atoms are furthest from touching stays.
     """
-    best, best_gap = None, -np.inf
+    best, best_gap = np.zeros((0, 3)), -np.inf
     radii = contact_radii(first.numbers)[:, None] + contact_radii(second.numbers)[None, :]
     for _ in range(trials):
         a = (first.positions - first.positions[i]) @ random_rotation(rng).T

@@ -103,7 +103,7 @@ def label(atoms: Atoms, calculator: Calculator, method: str) -> Atoms:
     out.calc = calculator
     energy = float(out.get_potential_energy())
     arrays = {"REF_forces": out.get_forces()}
-    extra = {}
+    extra: dict[str, np.ndarray] = {}
     for name, getter, place in (
         ("REF_charges", out.get_charges, arrays),
         ("REF_dipole", out.get_dipole_moment, extra),
@@ -228,10 +228,14 @@ def _start_worker(config: Config, recipe: Recipe | None) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         # A pool's workers would wait for ever for a parent that was killed.
-        watch = threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True)
-        watch.start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     _LABELLER = _Labeller(config, recipe)
+
+
+def _end_with(process: Any) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _work(unit: Start | _Frame) -> Outcome:

@@ -7,6 +7,7 @@ own, so that starts can run in any order and in any process and give the same st
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,7 +62,7 @@ class Molecules(_Task):
     kind: Literal["molecules"]
     molecules: tuple[str, ...]
     starts_each: int = Field(10, ge=1)
-    dynamics: _Dynamics = _Dynamics()
+    dynamics: _Dynamics = Field(default_factory=_Dynamics)
     resampled: int = Field(1, ge=0, description="harmonic thermal geometries for each frame of dynamics")
     rattled_A: tuple[float, ...] = ()
 
@@ -80,7 +81,7 @@ class Clusters(_Task):
     ions: tuple[tuple[float, dict[str, int]], ...] = Field(((1.0, {}),), description="[weight, {ion: count}] ...")
     contact: tuple[float, float] = Field((0.78, 0.95), description="contacts over sums of contact radii when packed")
     relax_steps: int = Field(8, ge=0)
-    dynamics: _Dynamics = _Dynamics()
+    dynamics: _Dynamics = Field(default_factory=_Dynamics)
     resampled: int = 1
     nudged: int = 0
     scaled: tuple[float, ...] = Field((), description="factors between centres of mass, one drawn for each frame")
@@ -365,7 +366,9 @@ def _relax(atoms: Atoms, calc: Calculator, steps: int, fmax: float = 0.5) -> Non
 
     atoms.calc = calc
     # FIRE forgives the first contacts of a packed cluster; a molecule's own relaxation wants LBFGS.
-    optimiser = FIRE(atoms, logfile=None, maxstep=0.08, dt=0.2) if fmax > 0.1 else LBFGS(atoms, logfile=None)
+    optimiser = (
+        FIRE(atoms, logfile=os.devnull, maxstep=0.08, dt=0.2) if fmax > 0.1 else LBFGS(atoms, logfile=os.devnull)
+    )
     optimiser.run(fmax=fmax, steps=steps)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -30,7 +30,7 @@ class XTB(Calculator):
             within the SCF accuracy.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "charges", "dipole", "stress"]
+    implemented_properties = ["energy", "free_energy", "forces", "charges", "dipole", "stress"]
 
     def __init__(
         self,
@@ -64,6 +64,8 @@ class XTB(Calculator):
             SimulationError: the SCF did not converge.
         """
         super().calculate(atoms, list(properties), list(system_changes))
+        if self.atoms is None:
+            raise InputError("no atoms to calculate")
         atoms = self.atoms
         engine, previous, key = self._engine(atoms)
         library = require("tblite.exceptions", extra="label")

@@ -79,6 +79,25 @@ def test_a_warm_start_gives_the_same_forces():
     assert np.isfinite(other.get_potential_energy())
 
 
+def test_periodic_stress_is_the_derivative_by_strain():
+    atoms = molecule("H2O", info={"charge": 0}, cell=[4.5, 5.0, 5.5], pbc=True)
+    atoms.calc = XTB(accuracy=0.01)
+    stress, step = atoms.get_stress(), 1e-3
+    for voigt, (i, j) in ((0, (0, 0)), (3, (1, 2))):
+        energies = []
+        for sign in (1, -1):
+            strain = np.eye(3)
+            strain[i, j] += sign * step / (1 if i == j else 2)
+            strain[j, i] = strain[i, j]
+            probe = atoms.copy()
+            probe.set_cell(np.asarray(atoms.cell) @ strain, scale_atoms=True)
+            probe.calc = XTB(accuracy=0.01)
+            energies.append(probe.get_potential_energy())
+        expected = (energies[0] - energies[1]) / (2 * step) / atoms.get_volume()
+        assert stress[voigt] == pytest.approx(expected, abs=2e-5)
+    assert np.abs(stress).max() > 1e-3
+
+
 def test_no_convergence_is_an_error_that_names_the_structure():
     atoms = water()
     atoms.calc = XTB(max_iterations=1)
