@@ -14,7 +14,8 @@ from mdplug.errors import ModelFileError
 from mdplug.potentials.blocks.contraction import symmetric_basis
 from mdplug.potentials.blocks.convolution import paths
 from mdplug.potentials.blocks.radial import ACTIVATION_NORM
-from mdplug.potentials.convert.pickle_reader import Inert, Named, tensors
+from mdplug.potentials.convert.pickle_machine import Inert, Named
+from mdplug.potentials.convert.pickle_reader import tensors
 
 MODELS = ("MACE", "ScaleShiftMACE")
 KIND_OF_CLASS = {
@@ -45,7 +46,12 @@ _IGNORED = re.compile(
     r"|\.(graph_opt_main|contractions_weighting|contractions_features|conv_tp|equivariant_nonlin|non_linearity|reshape)\."
     r"|^spherical_harmonics\.|_compiled_main"
 )
-_GATES = {"torch.nn.functional.silu": "silu", "torch.tanh": "tanh", "torch.nn.functional.tanh": "tanh", "torch.abs": "abs"}
+_GATES = {
+    "torch.nn.functional.silu": "silu",
+    "torch.tanh": "tanh",
+    "torch.nn.functional.tanh": "tanh",
+    "torch.abs": "abs",
+}
 _ONLY = "; mdplug converts energy models of class MACE and ScaleShiftMACE, use mace-torch for this one"
 
 
@@ -149,35 +155,52 @@ class Checkpoint:
         for t, block in self._module("interactions").children("_modules").items():
             if block.short_name not in KIND_OF_CLASS:
                 what = "attention" if "Att" in block.short_name else "an interaction"
-                raise self.wrong(f"interactions.{t} is {what} of class {block.short_name}, which mdplug does not have{_ONLY}")
+                raise self.wrong(
+                    f"interactions.{t} is {what} of class {block.short_name}, which mdplug does not have{_ONLY}"
+                )
             for key in ("hidden_irreps", "target_irreps", "edge_attrs_irreps"):
                 found = irreps(block.attributes.get(key))
-                if any(parity != (-1) ** l for _, l, parity in found):
-                    raise self.wrong(f"has pseudo-scalars or other unnatural parities ({key}), which mdplug does not have{_ONLY}")
+                if any(parity != (-1) ** degree for _, degree, parity in found):
+                    raise self.wrong(
+                        f"has pseudo-scalars or other unnatural parities ({key}), which mdplug does not have{_ONLY}"
+                    )
                 if key == "hidden_irreps" and len({multiplicity for multiplicity, _, _ in found}) > 1:
-                    raise self.wrong(f"has hidden irreps of different multiplicities, which mdplug does not have{_ONLY}")
+                    raise self.wrong(
+                        f"has hidden irreps of different multiplicities, which mdplug does not have{_ONLY}"
+                    )
 
     def _infer(self) -> dict[str, Any]:
         blocks = self._module("interactions").children("_modules")
         kinds = [KIND_OF_CLASS[blocks[str(t)].short_name] for t in range(self.n_layers)]
         for t, kind in enumerate(kinds):
-            has_net, has_density = self.has(f"interactions.{t}.alpha"), self.has(f"interactions.{t}.density_fn.layer0.weight")
+            has_net, has_density = (
+                self.has(f"interactions.{t}.alpha"),
+                self.has(f"interactions.{t}.density_fn.layer0.weight"),
+            )
             if has_net != (kind == "NL") or has_density != ("D" in kind):
-                raise self.wrong(f"interactions.{t} is of class {blocks[str(t)].short_name} but holds the tensors of another")
+                raise self.wrong(
+                    f"interactions.{t} is of class {blocks[str(t)].short_name} but holds the tensors of another"
+                )
         self._last_net = [self._last_radial(t) for t in range(self.n_layers)]
         edge_first = self._ratio(self.peek("interactions.0.linear_up.weight").numel(), self.channels, "linear_up")
         self.l_max = self._ratio(self._last_net[0][1], edge_first, "the last radial layer") - 1
         l_hidden = self._outputs(0) if self.n_layers > 1 else 0
         edge_l, edge_channels = self._edges(l_hidden, edge_first)
         if self.n_layers > 1 and edge_channels != edge_first and edge_first != self.channels:
-            raise self.wrong(f"its layers send {edge_first} and {edge_channels} channels, which mdplug does not have{_ONLY}")
+            raise self.wrong(
+                f"its layers send {edge_first} and {edge_channels} channels, which mdplug does not have{_ONLY}"
+            )
         agnostic = self._product_rows(0) == 1 and len(self.species) > 1
         flag = bool(self._attribute("", "use_agnostic_product", False))
         if flag != agnostic and len(self.species) > 1:
-            self.remarks.append(f"use_agnostic_product says {flag}, the weights say {agnostic}; the weights were believed")
+            self.remarks.append(
+                f"use_agnostic_product says {flag}, the weights say {agnostic}; the weights were believed"
+            )
         first = edge_first != self.channels
         if first != bool(self._attribute("", "use_edge_irreps_first", False)) and edge_channels != self.channels:
-            self.remarks.append(f"use_edge_irreps_first disagrees with the weights, which say {first}; they were believed")
+            self.remarks.append(
+                f"use_edge_irreps_first disagrees with the weights, which say {first}; they were believed"
+            )
         readout = self._readout()
         embedding = self._embedding()
         return {
@@ -225,7 +248,9 @@ class Checkpoint:
             each = self.channels * (edge_l + 1)
             if numel % each == 0 and len(paths(edge_l, self.l_max)) * (numel // each) == width:
                 return edge_l, numel // each
-        raise self.wrong(f"interactions.1 sends irreps that mdplug does not have (edge irreps beyond the hidden ones?){_ONLY}")
+        raise self.wrong(
+            f"interactions.1 sends irreps that mdplug does not have (edge irreps beyond the hidden ones?){_ONLY}"
+        )
 
     def _product_rows(self, t: int) -> int:
         base = f"products.{t}.symmetric_contractions"
@@ -234,7 +259,7 @@ class Checkpoint:
 
     def couplings(self, l_out: int, degree: int) -> int:
         """How many ways there are to couple `degree` features to l_out: columns of U."""
-        return max(symmetric_basis(self.l_max, l_out, degree)[1].shape[1], 1)
+        return symmetric_basis(self.l_max, l_out, degree)[1].shape[1]
 
     def _degree(self, t: int, l_hidden: int) -> int:
         base = f"products.{t}.symmetric_contractions"
@@ -242,9 +267,8 @@ class Checkpoint:
             return 1 + sum(1 for q in range(8) if f"{base}.contractions.0.weights.{q}" in self.tensors)
         total = self.peek(f"{base}.weight").shape[1]
         for degree in range(1, 5):
-            full = sum(
-                self.couplings(l, nu) for l in range(self._outputs(t) + 1) for nu in range(1, degree + 1)
-            )
+            powers = range(1, degree + 1)
+            full = sum(self.couplings(l_out, nu) for l_out in range(self._outputs(t) + 1) for nu in powers)
             if full == total:
                 return degree
             if full > total:
@@ -259,7 +283,9 @@ class Checkpoint:
         if kind not in ("A", "R"):
             return 1.0
         if not isinstance(value, int | float | torch.Tensor):
-            raise self.wrong(f"interactions.{t} lacks avg_num_neighbors, without which its weights mean nothing; save it again")
+            raise self.wrong(
+                f"interactions.{t} lacks avg_num_neighbors, without which its weights mean nothing; save it again"
+            )
         return float(value)
 
     def _radial(self, kind: str) -> dict[str, Any]:
@@ -319,7 +345,9 @@ class Checkpoint:
         self.heads = tuple(str(h) for h in named) if named else ("Default",)
         if len(self.heads) != count:
             numbered = tuple(f"head{h}" for h in range(count))
-            self.remarks.append(f"heads are named {', '.join(self.heads)} but the weights have {count}; they are numbered")
+            self.remarks.append(
+                f"heads are named {', '.join(self.heads)} but the weights have {count}; they are numbered"
+            )
             self.heads = numbered
         return settings
 
@@ -328,11 +356,15 @@ class Checkpoint:
             return []
         specs = self._attribute("", "embedding_specs") or self._attribute("joint_embedding", "specs")
         if not isinstance(specs, dict):
-            raise self.wrong("has a joint_embedding but no embedding_specs, so that its inputs are unknown; save it again")
+            raise self.wrong(
+                "has a joint_embedding but no embedding_specs, so that its inputs are unknown; save it again"
+            )
         records: list[dict[str, Any]] = []
         for name, spec in specs.items():
             if name not in ("total_charge", "total_spin") or spec.get("per") != "graph":
-                raise self.wrong(f"embeds {name!r}, where mdplug knows total_charge and total_spin of a structure{_ONLY}")
+                raise self.wrong(
+                    f"embeds {name!r}, where mdplug knows total_charge and total_spin of a structure{_ONLY}"
+                )
             base = f"joint_embedding.embedders.{name}"
             if spec.get("type") == "categorical":
                 classes, width = self.peek(f"{base}.weight").shape

@@ -7,7 +7,6 @@ float64, so that the converted model in float64 gives upstream's numbers to roun
 import datetime
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,12 @@ from mdplug.potentials.blocks.contraction import symmetric_basis
 from mdplug.potentials.blocks.convolution import paths
 from mdplug.potentials.blocks.radial import ACTIVATION_NORM
 from mdplug.potentials.convert.checkpoint import Checkpoint
-from mdplug.potentials.convert.pickle_reader import Inert, read_module
+from mdplug.potentials.convert.licences import UNKNOWN_LICENCE, licence_of
+from mdplug.potentials.convert.pickle_machine import Inert
+from mdplug.potentials.convert.pickle_reader import read_module
 from mdplug.potentials.mace import MACE, describe
 
 CITE = ("Batatia et al., MACE: Higher order equivariant message passing, NeurIPS 2022, arXiv:2206.07697",)
-UNKNOWN_LICENCE = "unknown: check the source"
-# Beginning and end of the sha256 of released files, their licence.
-_LICENCE_BY_HASH = (("75428afe", "4fb638", "MIT"), ("01bfe221", "0ed35845", "MIT"))
-_ASL = "ASL (Academic Software License: no commercial use)"
-_LICENCE_BY_NAME = (
-    (r"omat|matpes|mh-?[01]|omol|off2[34]|off_", _ASL),
-    (r"mpa-0|mp-0|mp_0|mace-128-l[012]|anicc|ani500k|mptrj", "MIT"),
-)
 
 
 def convert(path: str | Path, head: str | None = None, elements: Sequence[str | int] | None = None) -> MACE:
@@ -55,17 +48,6 @@ def convert(path: str | Path, head: str | None = None, elements: Sequence[str | 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     origin = {"source_file": path.name, "source_sha256": digest}
     return convert_module(root, path.name, head, elements, licence=licence_of(path.name, digest), origin=origin)
-
-
-def licence_of(name: str, digest: str) -> str:
-    """Licence of released weights by their hash or, less surely, by the file's name."""
-    for start, end, licence in _LICENCE_BY_HASH:
-        if digest.startswith(start) and digest.endswith(end):
-            return licence
-    for pattern, licence in _LICENCE_BY_NAME:
-        if re.search(pattern, name.lower()):
-            return f"{licence} by its file name; check the source"
-    return UNKNOWN_LICENCE
 
 
 def convert_module(
@@ -118,7 +100,9 @@ def convert_module(
         model.load_state_dict(state)
     except RuntimeError as error:
         detail = " ".join(str(error).split())
-        raise ModelFileError(f"{where}: its weights do not fit its hyper-parameters ({detail}); use mace-torch") from error
+        raise ModelFileError(
+            f"{where}: its weights do not fit its hyper-parameters ({detail}); use mace-torch"
+        ) from error
     if len(heads) == 1:
         model.head = 0
     return model
@@ -309,7 +293,9 @@ class _Weights:
         wide = channels * (1 + self.l_max)  # features and gates
         widths = [wide if path[2] == 0 else channels for path in found]
         pieces = torch.split(take(f"{base}.linear_1.weight", k * sum(widths)), [k * w for w in widths])
-        blocks = [piece.reshape(k, -1) * scale for piece, scale in zip(pieces, self._fan_in(found, k)[:, 0], strict=True)]
+        blocks = [
+            piece.reshape(k, -1) * scale for piece, scale in zip(pieces, self._fan_in(found, k)[:, 0], strict=True)
+        ]
         self.out[f"{ours}.linear"] = torch.stack([block[:, :channels] for block in blocks])
         self.out[f"{ours}.gate_linear"] = torch.stack([b[:, channels:] for b in blocks if b.shape[1] == wide])
         widths = [wide] + [channels] * min(edge_l, self.l_max)
@@ -324,35 +310,39 @@ class _Weights:
             self.out[f"{ours}.{name}"] = take(f"{base}.{name}", 1)
 
     def _product(self, t: int) -> None:
-        take, base, l_out, degree = self.source.take, f"products.{t}", self._l_out(t), self.config["correlation"][t]
-        mix = take(f"{base}.linear.weight", l_out + 1, self.k, self.k)
+        take, base, l_last, degree = self.source.take, f"products.{t}", self._l_out(t), self.config["correlation"][t]
+        mix = take(f"{base}.linear.weight", l_last + 1, self.k, self.k)
         self.out[f"layers.{t}.mix"] = mix / math.sqrt(self.k)
         rows = torch.zeros(1, dtype=torch.int64) if self.config["agnostic"] else self.rows
         whole = f"{base}.symmetric_contractions.weight"
         start = 0
-        for l in range(l_out + 1):
+        for l_out in range(l_last + 1):
             for nu in range(degree, 0, -1):
-                count = self.source.couplings(l, nu)
+                count = self.source.couplings(l_out, nu)
                 if self.source.has(whole):  # cuEquivariance: all outputs and degrees in one
                     weight = take(whole)[:, start : start + count]
                     start += count
                 else:
-                    contraction = f"{base}.symmetric_contractions.contractions.{l}"
+                    contraction = f"{base}.symmetric_contractions.contractions.{l_out}"
                     place = "weights_max" if nu == degree else f"weights.{degree - 1 - nu}"
-                    weight = self._in_our_basis(f"{contraction}.U_matrix_{nu}", l, nu, take(f"{contraction}.{place}"))
-                self.out[f"layers.{t}.product.outputs.{l}.powers.{nu - 1}.weight"] = weight[rows]
+                    weight = self._in_our_basis(
+                        f"{contraction}.U_matrix_{nu}", l_out, nu, take(f"{contraction}.{place}")
+                    )
+                self.out[f"layers.{t}.product.outputs.{l_out}.powers.{nu - 1}.weight"] = weight[rows]
 
-    def _in_our_basis(self, name: str, l: int, nu: int, weight: Tensor) -> Tensor:
+    def _in_our_basis(self, name: str, l_out: int, nu: int, weight: Tensor) -> Tensor:
         """Weights for our couplings; those of the file are compared with ours, and where they differ, changed over."""
-        index, basis, sizes = symmetric_basis(self.l_max, l, nu)
+        index, basis, sizes = symmetric_basis(self.l_max, l_out, nu)
+        if basis.shape[1] == 0:  # out of reach; upstream keeps one column that multiplies zeros
+            return weight[:, :0]
         if not self.source.has(name):
             if weight.shape[1] != basis.shape[1]:
                 raise self.source.wrong(
-                    f"has {weight.shape[1]} couplings of degree {nu} where the full basis has {basis.shape[1]}, and lacks "
-                    f"{name}; convert it with mace-torch to the full e3nn basis first"
+                    f"has {weight.shape[1]} couplings where the full basis has {basis.shape[1]}, and lacks {name}; "
+                    f"convert it with mace-torch to the full e3nn basis first"
                 )
             return weight
-        theirs = _on_monomials(self.source.take(name).numpy(), index, sizes, 2 * l + 1)
+        theirs = _on_monomials(self.source.take(name).numpy(), index, sizes, 2 * l_out + 1)
         tolerance = 1e-10 if self.source.tensors[name].dtype == torch.float64 else 1e-5
         if theirs.shape == basis.shape and np.abs(theirs - basis).max(initial=0.0) < tolerance * np.abs(basis).max():
             return weight
@@ -399,7 +389,8 @@ def _on_monomials(u: np.ndarray, index: np.ndarray, sizes: Sequence[int], compon
     parts, start = [], 0
     for m, size in enumerate(sizes):
         summed = np.stack(
-            [np.bincount(flat, weights=u[m, ..., p].ravel(), minlength=math.prod(shape)) for p in range(columns)], axis=1
+            [np.bincount(flat, weights=u[m, ..., p].ravel(), minlength=math.prod(shape)) for p in range(columns)],
+            axis=1,
         )
         parts.append(summed[wanted[start : start + size]])
         start += size

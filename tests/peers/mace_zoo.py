@@ -1,9 +1,9 @@
 """Random-weight MACE checkpoints of every kind, with reference results from mace-torch.
 
-mace-torch changes global state when it is imported, so this file is run as a program (`python mace_zoo.py FOLDER TAG...`) and
-never imported by a test together with `mace`; importing this module alone imports neither `mace` nor `e3nn`.
-For every tag it writes `TAG.model` (what `torch.save(model)` gives) and `TAG.npz` (energy, forces, stress, per-atom energy).
-The weights are made sharp: nothing that matters for the result is left at zero, one or an equal value for every element.
+mace-torch changes global state when it is imported, so this file is run as a program (`python mace_zoo.py --seed 1
+FOLDER TAG...`); importing it imports neither `mace` nor `e3nn`. For every tag it writes `TAG.model` (what
+`torch.save(model)` gives) and `TAG.npz` (energy, forces, stress, per-atom energy). The weights are made sharp: nothing
+that matters for the result is left at zero, one or an equal value for every element.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ VARIANTS: dict[str, dict] = {
     "last-readout": {"use_last_readout_only": True},
     "bias-readout": {"readout_cls": "NonLinearBiasReadoutBlock", "heads": ["one", "two"]},
     "lmax1": {"max_ell": 1},
+    "lmax1-L2": {"max_ell": 1, "hidden_irreps": L2},
     "tanh-gate": {"gate": "tanh"},
     "mlp32": {"MLP_irreps": "32x0e"},
     "radial-16": {"radial_MLP": [16, 16]},
@@ -88,13 +89,18 @@ VARIANTS: dict[str, dict] = {
     "so3": {"use_so3": True, "hidden_irreps": "8x0e+8x1e", "max_ell": 2},
     "pseudo": {"hidden_irreps": "8x0e+8x0o+8x1o+8x1e", "max_ell": 2},
 }
-WHOLE = ("mp0", "mh1", "omol")  # stored with everything e3nn pickles; the others without its compiled code, to stay small
+WHOLE = (
+    "mp0",
+    "mh1",
+    "omol",
+)  # stored with everything e3nn pickles; the others without its compiled code, to stay small
+NO_GRADIENT = ("cheb+agnesi",)  # torch's Chebyshev polynomials carry no gradient, so upstream's forces are not -dE/dx
 REFUSED = ("att", "so3", "pseudo")
 PARITY = tuple(tag for tag in VARIANTS if tag not in REFUSED)
 
 
 def structures() -> dict[str, dict]:
-    """A molecule, a periodic liquid, a triclinic crystal and a cell smaller than the cutoff; no contact below 0.75 A."""
+    """A molecule, a periodic liquid, a triclinic crystal and a cell smaller than the cutoff."""
     rng = np.random.default_rng(7)
     water = np.array([[0.0, 0.0, 0.0], [0.96, 0.0, 0.0], [-0.24, 0.93, 0.1]])
 
@@ -124,8 +130,10 @@ def structures() -> dict[str, dict]:
         "crystal": {
             "numbers": [11, 8, 1, 11, 8, 1, 8, 1],
             "positions": np.array(
-                [[0.1, 0, 0.2], [2.2, 0.3, 0.1], [2.9, 0.9, -0.2], [1.2, 2.7, 2.3]]
-                + [[3.3, 2.6, 2.5], [4.0, 3.1, 2.9], [1.0, 0.8, 3.6], [1.1, 1.7, 4.0]]
+                [
+                    *([0.1, 0.0, 0.2], [2.2, 0.3, 0.1], [2.9, 0.9, -0.2], [1.2, 2.7, 2.3]),
+                    *([3.3, 2.6, 2.5], [4.0, 3.1, 2.9], [1.0, 0.8, 3.6], [1.1, 1.7, 4.0]),
+                ]
             ),
             "cell": np.array([[4.9, 0.0, 0.0], [0.9, 4.6, 0.0], [-1.1, 0.7, 5.2]]),
             "pbc": True,
@@ -184,7 +192,7 @@ def filled(name: str, shape: tuple[int, ...], seed: int | None = None) -> np.nda
 
 def build(tag: str, seed: int | None):
     """The upstream module of a variant, float64, with sharp weights. Needs mace-torch."""
-    import mace  # noqa: F401, I001  (has to come before e3nn)
+    import mace  # noqa: F401  (has to come before e3nn)
     import torch
     from e3nn import o3
     from mace import modules
@@ -234,27 +242,59 @@ def build(tag: str, seed: int | None):
     return model
 
 
-def reference(model, case: dict, head: str) -> dict[str, np.ndarray]:
-    """Energy, forces, stress and per-atom interaction energy of mace-torch's ASE calculator."""
+def finite_differences(atoms) -> dict[str, np.ndarray]:
+    """Forces on the first three atoms, and the stress, from energies alone (five-point formula)."""
+    step, weights = 2e-3, {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
+
+    def energy(moved) -> float:
+        moved.calc = atoms.calc
+        moved.get_potential_energy()
+        return float(np.sum(atoms.calc.results["node_energy"]))
+
+    forces = np.zeros((3, 3))
+    for atom, axis in np.ndindex(3, 3):
+        for k, weight in weights.items():
+            moved = atoms.copy()
+            moved.positions[atom, axis] += k * step
+            forces[atom, axis] -= weight * energy(moved) / step
+    out = {"forces_by_differences": forces}
+    if np.any(atoms.pbc):
+        stress = np.zeros((3, 3))
+        for i, j in np.ndindex(3, 3):
+            for k, weight in weights.items():
+                strain = np.eye(3)
+                strain[i, j] += k * step / 2
+                strain[j, i] += k * step / 2
+                moved = atoms.copy()
+                moved.set_cell(np.asarray(atoms.cell) @ strain, scale_atoms=True)
+                stress[i, j] += weight * energy(moved) / step / atoms.get_volume()
+        out["stress_by_differences"] = stress
+    return out
+
+
+def reference(model, case: dict, head: str, differences: bool = False) -> dict[str, np.ndarray]:
+    """Energy, forces, stress and per-atom interaction energy of mace-torch's ASE calculator.
+
+    Args:
+        model: upstream's. case: one of `structures()`. head: by name.
+        differences: add forces and stress from finite differences of the energy, for small structures.
+    """
     import ase
-    import torch
     from mace.calculators import MACECalculator
 
     calculator = MACECalculator(models=[model], device="cpu", default_dtype="float64", head=head)
     atoms = ase.Atoms(case["numbers"], case["positions"], cell=case["cell"], pbc=case["pbc"])
     atoms.info.update(charge=case["charge"], spin=case["spin"])
     atoms.calc = calculator
-    row = model.heads.index(head)
-    table = torch.atleast_2d(model.atomic_energies_fn.atomic_energies)[row].detach().numpy()
-    e0 = sum(table[NUMBERS.index(z)] for z in case["numbers"])
     out = {
         "energy": atoms.get_potential_energy(),
-        "interaction_energy": atoms.get_potential_energy() - e0,
         "forces": atoms.get_forces(),
         "node_energy": calculator.results["node_energy"],
     }
     if np.any(case["pbc"]):
         out["stress"] = atoms.get_stress(voigt=False)
+    if differences and len(atoms) <= 12:
+        out.update(finite_differences(atoms))
     return {key: np.asarray(value) for key, value in out.items()}
 
 
@@ -268,7 +308,7 @@ def write(tag: str, folder: Path, seed: int | None) -> None:
     rows: dict[str, np.ndarray] = {"heads": np.array(model.heads)}
     cases = structures() if seed is not None else {**structures(), "golden": golden_cluster()}
     for case, structure in ({} if tag in REFUSED else cases).items():
-        for key, value in reference(model, structure, model.heads[-1]).items():
+        for key, value in reference(model, structure, model.heads[-1], tag in NO_GRADIENT).items():
             rows[f"{case}/{key}"] = value
     partial = folder / f"{tag}.partial.npz"
     np.savez_compressed(partial, **rows)
@@ -276,20 +316,20 @@ def write(tag: str, folder: Path, seed: int | None) -> None:
 
 
 def write_skeletons(folder: Path, tags: list[str]) -> None:
-    """The stored fixtures: `skeletons.zip` (upstream pickles, U dropped, weights zero: they come from `filled`) and `references.npz`."""
+    """The stored fixtures: `skeletons.zip` (upstream pickles, U dropped, weights zero) and `references.npz`."""
     import io
 
     import mace
     import torch
 
     rows: dict[str, np.ndarray] = {}
-    archive_path = folder / "skeletons.zip"
-    with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    partial = folder / "skeletons.partial"
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for tag in tags:
             model = build(tag, None)
             cases = {} if tag in REFUSED else {**structures(), "golden": golden_cluster()}
             for case, structure in cases.items():
-                for key, value in reference(model, structure, model.heads[-1]).items():
+                for key, value in reference(model, structure, model.heads[-1], tag in NO_GRADIENT).items():
                     rows[f"{tag}/{case}/{key}"] = value
             contractions = [m for m in model.modules() if type(m).__name__ == "Contraction"]
             for module in contractions:
@@ -308,9 +348,17 @@ def write_skeletons(folder: Path, tags: list[str]) -> None:
             entry = zipfile.ZipInfo(f"{tag}.model", date_time=(2026, 1, 1, 0, 0, 0))
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, buffer.getvalue())
+    partial.replace(folder / "skeletons.zip")
     np.savez_compressed(folder / "references.npz", **rows)
-    versions = {"mace-torch": mace.__version__, "torch": torch.__version__, "tags": tags}
-    (folder / "provenance.json").write_text(json.dumps(versions, indent=1) + "\n")
+    provenance = {
+        "made by": "python tests/peers/mace_zoo.py --skeletons tests/fixtures/mace",
+        "what": "modules of mace-torch pickled without weights and U; the weights follow from their names (filled)",
+        "licence": "MIT, as mace-torch; no pretrained weights",
+        "mace-torch": mace.__version__,
+        "torch": torch.__version__,
+        "tags": tags,
+    }
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
 
 
 def main() -> None:

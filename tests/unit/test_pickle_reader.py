@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from mdplug.errors import ModelFileError
-from mdplug.potentials.convert.pickle_reader import Inert, Named, read_module, read_object, tensors
+from mdplug.potentials.convert.pickle_machine import Inert, Named
+from mdplug.potentials.convert.pickle_reader import read_module, read_object, tensors
 
 SKELETONS = Path(__file__).parents[1] / "fixtures" / "mace" / "skeletons.zip"
 
