@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mdplug.errors import InputError
-from mdplug.potential import Potential, exchange
+from mdplug.potential import Potential
 from mdplug.potentials.blocks.convolution import build_graph, neighbour_sum
 from mdplug.potentials.blocks.harmonics import SphericalHarmonics
 from mdplug.potentials.blocks.interaction import KINDS, GatedMessenger, Layer, Messenger
@@ -262,7 +262,7 @@ class MACE(Potential):
                 if numbers.shape[0] > n_owned:
                     ghosts = sent.new_zeros(numbers.shape[0] - n_owned, sent.shape[1], sent.shape[2])
                     sent = torch.cat([sent, ghosts], dim=0)
-                sent = exchange(sent.flatten(1), n_owned).view(sent.shape)
+                sent = self.exchange(sent.flatten(1), n_owned).view(sent.shape)
             features = layer(features, sent, table, own, columns[t], harmonics, graph)
             scalars.append(features[0])
             energy = energy + readout(features[0], atom_head)

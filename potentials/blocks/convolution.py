@@ -79,7 +79,7 @@ def build_graph(
     place[order] = torch.arange(n_owned, device=order.device)
     counts = torch.bincount(receiver, minlength=n_owned)
     first = torch.cumsum(counts, 0) - counts
-    width = max(int(counts.max()), 1)
+    width = max(int(counts.max()), 1) if n_owned > 0 else 1
     sorted_receiver = place[receiver]
     position = torch.arange(receiver.shape[0], device=receiver.device) - first[receiver]
     slot = sorted_receiver * width + position
@@ -94,6 +94,10 @@ def build_graph(
             sizes.append(min(left, chunk))
             kinds.append(k)
             left -= chunk
+    if n_owned == 0:  # a domain may be empty; it still takes part in every exchange
+        sizes.append(0)
+        kinds.append(0)
+        present = torch.zeros(1, dtype=torch.int64, device=species.device) if species.shape[0] == 0 else present
     table = pad(harmonics, slot, n_owned * width)
     return Graph(
         n_owned, width, slot, sorted_receiver, senders, table, order, place, present, kind[sender], sizes, kinds

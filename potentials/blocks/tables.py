@@ -75,11 +75,13 @@ def _sample(
     values: List[List[Tensor]] = [[] for _ in n_features]
     slopes: List[List[Tensor]] = [[] for _ in n_features]
     for receiver, sender in pairs:
-        x = r.clone().unsqueeze(1)
+        x = r.clone().unsqueeze(1).requires_grad_(True)
         a, b = (torch.full((len(r),), z, dtype=torch.int64) for z in (receiver, sender))
-        for t, (value, slope) in enumerate(
-            zip(*torch.func.jvp(lambda y, a=a, b=b: tuple(radial(y, a, b)), (x,), (torch.ones_like(x),)), strict=True)
-        ):
+        for t, value in enumerate(radial(x, a, b)):
+            # Slopes of all columns at once: the reverse of the reverse pass.
+            probe = torch.zeros_like(value, requires_grad=True)
+            (back,) = torch.autograd.grad(value, x, probe, create_graph=True)
+            (slope,) = torch.autograd.grad(back, probe, torch.ones_like(back), retain_graph=True)
             values[t].append(value.detach())
             slopes[t].append(slope.detach())
     return [torch.stack(v) for v in values], [torch.stack(s) for s in slopes]
@@ -89,12 +91,13 @@ def _reduce(values: Tensor, slopes: Tensor, weight: Tensor, tolerance: float) ->
     """Projection (b, rank) of the features and the weight (rank, P * k) that goes with it."""
     right, left = torch.linalg.qr(weight.t())  # weight = left^T right^T
     v, d = (x.flatten(0, 1) @ left.t() for x in (values, slopes))
-    scale_v, scale_d = v.norm().clamp_min(1e-30), d.norm().clamp_min(1e-30)
-    _, singular, vectors = torch.linalg.svd(torch.cat([v / scale_v, d / scale_d]), full_matrices=False)
-    tail = torch.cat([singular.square().flip(0).cumsum(0).flip(0), singular.new_zeros(1)]).sqrt()
+    gram = v.t() @ v / v.square().sum().clamp_min(1e-30) + d.t() @ d / d.square().sum().clamp_min(1e-30)
+    squares, vectors = torch.linalg.eigh(gram)  # ascending; tolerances far above sqrt(1e-16) keep this safe
+    tail = squares.clamp_min(0.0).cumsum(0).flip(0).sqrt()  # what is missed with 0, 1, 2... features
+    vectors = vectors.flip(1)
     rank = int((tail > tolerance).sum())
-    rank = min(max(4 * math.ceil(rank / 4), 4), vectors.shape[0])
-    basis = vectors[:rank].t()
+    rank = min(max(4 * math.ceil(rank / 4), 4), vectors.shape[1])
+    basis = vectors[:, :rank]
     return left.t() @ basis, basis.t() @ right.t()
 
 

@@ -92,31 +92,32 @@ def model(name, tolerance):
     return exact, exact.with_tables(tolerance)
 
 
-def radial_functions(mace, r, receiver, sender):
-    """All R(r) that reach the messages, and their slopes."""
+def radial_slopes(mace, r, receiver, sender):
+    """Slopes of all R(r) that reach the messages, by central differences."""
     a, b = (torch.full((len(r),), z) for z in (receiver, sender))
 
     def functions(x):
         columns = mace.radial(x, a, b)
         used = [layer.messenger.n_radial for layer in mace.layers]
-        weights = [layer.messenger.radial_weight.flatten(1) for layer in mace.layers]
+        weights = [layer.messenger.radial_weight.detach().flatten(1) for layer in mace.layers]
         return torch.cat([c[:, :n] @ w for c, n, w in zip(columns, used, weights, strict=True)], dim=1)
 
-    return torch.func.jvp(functions, (r,), (torch.ones_like(r),))
+    with torch.no_grad():
+        return (functions(r + 1e-6) - functions(r - 1e-6)) / 2e-6
 
 
 @pytest.mark.parametrize("name", list(TABLES))
 def test_tables_keep_their_stated_error(name):
     """At points of our own choice, for every ordered pair of species; a coarse table must be seen as coarse."""
-    r = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 4.5, (700, 1)))
+    r = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 4.49, (300, 1)))
     for tolerance in (1e-5, 0.3):
         exact, tables = model(name, tolerance)
         assert 0.0 < tables.table_error < tolerance
         missed, total = 0.0, 0.0
         for receiver in (0, 1):
             for sender in (0, 1):
-                wanted = radial_functions(exact, r, receiver, sender)[1].detach()
-                got = radial_functions(tables, r, receiver, sender)[1].detach()
+                wanted = radial_slopes(exact, r, receiver, sender)
+                got = radial_slopes(tables, r, receiver, sender)
                 missed += (got - wanted).square().sum().item()
                 total += wanted.square().sum().item()
         error = math.sqrt(missed / total)
