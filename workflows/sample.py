@@ -40,10 +40,10 @@ class _Task(BaseModel):
 class _Dynamics(BaseModel):
     model_config = ConfigDict(extra="forbid")
     temperatures_K: tuple[float, ...] = (300.0, 400.0, 500.0, 700.0)
-    timestep_fs: float = Field(1.5, gt=0, le=3)
-    steps: int = Field(30, ge=0)
-    save_every: int = Field(10, ge=1)
-    friction_1_fs: float = Field(0.02, gt=0)
+    timestep_fs: float = Field(default=1.5, gt=0, le=3)
+    steps: int = Field(default=30, ge=0)
+    save_every: int = Field(default=10, ge=1)
+    friction_1_fs: float = Field(default=0.02, gt=0)
 
 
 class IsolatedAtoms(_Task):
@@ -62,7 +62,7 @@ class Molecules(_Task):
     kind: Literal["molecules"]
     molecules: tuple[str, ...]
     starts_each: int = Field(10, ge=1)
-    dynamics: _Dynamics = Field(default_factory=_Dynamics)
+    dynamics: _Dynamics = _Dynamics()
     resampled: int = Field(1, ge=0, description="harmonic thermal geometries for each frame of dynamics")
     rattled_A: tuple[float, ...] = ()
 
@@ -81,7 +81,7 @@ class Clusters(_Task):
     ions: tuple[tuple[float, dict[str, int]], ...] = Field(((1.0, {}),), description="[weight, {ion: count}] ...")
     contact: tuple[float, float] = Field((0.78, 0.95), description="contacts over sums of contact radii when packed")
     relax_steps: int = Field(8, ge=0)
-    dynamics: _Dynamics = Field(default_factory=_Dynamics)
+    dynamics: _Dynamics = _Dynamics()
     resampled: int = 1
     nudged: int = 0
     scaled: tuple[float, ...] = Field((), description="factors between centres of mass, one drawn for each frame")
@@ -128,13 +128,14 @@ class Recipe(Config):
     first_starts: int | None = Field(None, ge=1, description="only so many of the starts, a fair part of every task")
 
     def starts(self) -> list[Start]:
-        """All starts in an order shuffled by the seed, so that an unfinished run is a fair part of the whole."""
+        """All starts: free atoms first, then an order shuffled by the seed: any part of a run is fair to the whole."""
         found = [
             Start(self.seed, t, i, f"{task.name}-{i:05d}")
             for t, task in enumerate(self.tasks)
             for i in range(task.starts())
         ]
-        order = np.random.default_rng(self.seed).permutation(len(found))
+        shuffled = np.random.default_rng(self.seed).permutation(len(found))
+        order = sorted(shuffled, key=lambda k: self.tasks[found[k].task].kind != "atoms")
         return [found[k] for k in order[: self.first_starts]]
 
 

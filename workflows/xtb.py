@@ -89,6 +89,13 @@ class XTB(Calculator):
         else:
             self.results["dipole"] = np.asarray(result.get("dipole")) * BOHR
 
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation; charge and spin count, which ASE does not look at."""
+        changes = super().check_state(atoms, tol)
+        if self.atoms is not None and any(atoms.info.get(k) != self.atoms.info.get(k) for k in ("charge", "spin")):
+            changes.append("initial_charges")
+        return changes
+
     def _engine(self, atoms: Atoms) -> tuple[Any, Any, tuple]:
         if "charge" not in atoms.info:
             formula = atoms.get_chemical_formula()

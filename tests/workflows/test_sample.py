@@ -163,6 +163,7 @@ def test_a_recipe_repeats_in_any_order_and_changes_with_the_seed():
         assert len(first[key]) == len(again[key])
         for a, b in zip(first[key], again[key], strict=True):
             np.testing.assert_allclose(a.positions, b.positions, atol=1e-8)
+    assert recipe().starts()[0].id == "a-00000"
     assert np.abs(first["m-00000"][0].positions - other["m-00000"][0].positions).max() > 1e-3
 
 
