@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import difflib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
@@ -211,6 +213,16 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a whole file or leave the old one."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def table_text(rows: list[dict[str, Any]]) -> str:
+    """Rows as CSV; a column for every key that any row has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def sha256(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdplug.errors import InputError
+from mdplug.errors import InputError, MdplugError
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -62,3 +62,14 @@ def check_structure(atoms: Atoms, where: str) -> None:
         )
     image = " (its own periodic image)" if i == j else ""
     raise InputError(f"{where}: atoms {i} and {j}{image} overlap, {distance:.3f} A apart; move or remove one of them")
+
+
+def frames_of(paths: list[Path]) -> list[tuple[Path, int, Atoms | MdplugError]]:
+    """(file, frame, atoms, or the error that stands in their place) of every frame of every file."""
+    found: list[tuple[Path, int, Atoms | MdplugError]] = []
+    for path in paths:
+        try:
+            found += [(path, k, atoms) for k, atoms in enumerate(read_structures(path))]
+        except MdplugError as error:
+            found.append((path, 0, error))
+    return found

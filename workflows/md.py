@@ -276,7 +276,7 @@ class _Run:
         text = f"{steps_per_s * self.config.timestep_fs * NS_DAY:.3g} ns/day"
         row = self.log.last
         if row:
-            text = f"{row['temperature_K']:.0f} K, {row['potential_energy_eV']:.2f} eV, {text}"
+            text = f"{row['temperature_K']:.0f} K, {text}"
             if np.isfinite(row["density_g_cm3"]):
                 text = f"{row['density_g_cm3']:.3f} g/cm3, {text}"
         self.progress(step, self.schedule.total, text)

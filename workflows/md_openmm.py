@@ -12,6 +12,8 @@ from openmm import app, unit
 from mdplug.engines.openmm import Simulation, check_ensemble, create_system, errors_of, plug_of, pressure_tensor_bar
 from mdplug.engines.openmm.topology import box_A_of
 from mdplug.errors import InputError, RunFolderError
+from mdplug.potential import head_of, reference_energy
+from mdplug.system import AtomicSystem
 from mdplug.units import KJ_MOL_PER_EV, NM, PS
 from mdplug.workflows.md_files import Frame
 
@@ -79,6 +81,9 @@ class OpenMMEngine:
         self.plug = plug_of(self.system)
         self.masses = np.array([self.system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(len(atoms))])
         self.freedom = 3 * len(atoms) - (3 if len(atoms) > 1 else 0)
+        # OpenMM sums interaction energies; the log shows totals, as ASE does.
+        state = AtomicSystem.from_ase(atoms)
+        self.reference_energy = float(reference_energy(state, potential.spec, head_of(potential, state))[0])
 
     @property
     def step(self) -> int:
@@ -121,7 +126,7 @@ class OpenMMEngine:
             positions=state.getPositions(asNumpy=True).value_in_unit(_LENGTH) * NM,
             velocities=state.getVelocities(asNumpy=True).value_in_unit(_VELOCITY) * (NM / PS),
             box=box_A_of(state) if periodic else None,
-            potential_energy=state.getPotentialEnergy().value_in_unit(_ENERGY) / KJ_MOL_PER_EV,
+            potential_energy=state.getPotentialEnergy().value_in_unit(_ENERGY) / KJ_MOL_PER_EV + self.reference_energy,
             kinetic_energy=state.getKineticEnergy().value_in_unit(_ENERGY) / KJ_MOL_PER_EV,
             pressure_bar=pressure_tensor_bar(self.context) if periodic else None,
             forces=state.getForces(asNumpy=True).value_in_unit(_ENERGY / _LENGTH) / (KJ_MOL_PER_EV * NM),
