@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,7 +26,7 @@ from pydantic import Field, model_validator
 
 from mdplug.errors import InputError, MdplugError, SimulationError
 from mdplug.workflows import _common as common
-from mdplug.workflows._common import Progress, RunFolder, disk_errors, sha256, silent
+from mdplug.workflows._common import Progress, RunFolder, Stopped, catch_signals, disk_errors, sha256, silent
 from mdplug.workflows._structures import read_structures
 from mdplug.workflows.journal import Journal, Outcome
 from mdplug.workflows.sample import Recipe, Start, structures
@@ -257,21 +259,28 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
     Raises:
         InputError: a bad recipe, structure or calculator.
         RunFolderError: the output folder belongs to another run or cannot be written.
+        Stopped: by Ctrl-C or SIGTERM, after the structure at hand.
     """
     began = time.monotonic()
     recipe = Recipe.read(config.inputs[0]) if config.inputs[0].suffix in RECIPES else None
     units: list[Any] = list(recipe.starts()) if recipe is not None else list(read_frames(config))
-    with RunFolder(config.output, "label", config, inputs=config.inputs, may_change=("workers",)) as folder:
+    with (
+        catch_signals() as caught,
+        RunFolder(config.output, "label", config, inputs=config.inputs, may_change=("workers",)) as folder,
+    ):
         journal = Journal(folder.path)
         ids = [unit.id for unit in units]
         before = journal.total("labelled", ids)
         todo = [unit for unit in units if unit.id not in journal.done]
         try:
-            for outcome in _outcomes(config, recipe, todo):
-                with disk_errors(folder.path):
-                    journal.add(outcome)
-                text = f"{journal.total('labelled', ids)} labels, {journal.total('failed', ids)} failed"
-                progress(len(journal.done), len(units), text)
+            with closing(_outcomes(config, recipe, todo)) as outcomes:
+                for outcome in outcomes:
+                    with disk_errors(folder.path):
+                        journal.add(outcome)
+                    text = f"{journal.total('labelled', ids)} labels, {journal.total('failed', ids)} failed"
+                    progress(len(journal.done), len(units), text)
+                    if caught.number is not None and len(journal.done) < len(units):
+                        raise Stopped(caught.number, f"stopped by {caught.name} ({text}); the same command goes on")
             journal.finish(ids)
         finally:
             journal.close()
@@ -289,7 +298,7 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
     return result
 
 
-def _outcomes(config: Config, recipe: Recipe | None, todo: list[Any]) -> Iterator[Outcome]:
+def _outcomes(config: Config, recipe: Recipe | None, todo: list[Any]) -> Generator[Outcome, None, None]:
     if config.workers == 1 or len(todo) <= 1:
         from threadpoolctl import threadpool_limits
 
@@ -302,13 +311,23 @@ def _outcomes(config: Config, recipe: Recipe | None, todo: list[Any]) -> Iterato
         config.workers, mp_context=context, initializer=_start_worker, initargs=(config, recipe)
     ) as pool:
         queue = iter(todo)
-        pending = {pool.submit(_work, unit) for unit in islice(queue, 4 * config.workers)}
+        pending = _submit(pool, islice(queue, 4 * config.workers))
         try:
             while pending:
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in finished:
                     yield future.result()
-                pending |= {pool.submit(_work, unit) for unit in islice(queue, len(finished))}
+                pending |= _submit(pool, islice(queue, len(finished)))
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _submit(pool: ProcessPoolExecutor, units: Iterable[Any]) -> set[Future]:
+    # Signals reach the whole group, and the parent decides: workers, which start here, inherit that they do not listen.
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        return {pool.submit(_work, unit) for unit in units}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -297,9 +297,30 @@ def test_kill_9_loses_nothing_and_repeats_nothing(tmp_path, workers):
     assert len(set(ids)) == len(ids) == 150
 
 
+@pytest.mark.parametrize(("number", "workers", "code"), [(signal.SIGTERM, 1, 75), (signal.SIGINT, 2, 130)])
+def test_a_signal_ends_the_command_in_one_line_and_the_same_command_goes_on(tmp_path, number, workers, code):
+    source, out = tmp_path / "in.xyz", tmp_path / "out"
+    write(source, [water(s) for s in range(600)])
+    command = [sys.executable, "-c", "from mdplug.cli import main; main()", "label", str(source)]
+    command += ["-o", str(out), "--workers", str(workers)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    ledger = out / "ledger.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (ledger.exists() and ledger.stat().st_size):
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert "the same command goes on" in errors.strip().splitlines()[-1]
+    done = len(ledger.read_text().splitlines())
+    assert 0 < done < 600
+    assert len(read(out / "labels.partial.extxyz", ":")) == done
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     source, script = tmp_path / "in.xyz", tmp_path / "go.py"
-    write(source, [water(s) for s in range(2000)])
+    write(source, [water(s) for s in range(600)])
     script.write_text(RUN)
     command = [sys.executable, str(script), str(source), str(tmp_path / "out"), "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
