@@ -44,6 +44,11 @@ class PairPotential(Potential):
             raise InputError(f"{spec.name}: switch must lie between 0 and cutoff, got {switch} and {cutoff} A")
         self.switch = switch
 
+    @torch.jit.unused
+    def scales(self) -> Dict[str, Any]:
+        """See `Potential.scales`: physical parameters are of their own size."""
+        return {name: float(value.detach().abs()) for name, value in self.named_parameters()}
+
     def pair_energy(self, r: Tensor, z_i: Tensor, z_j: Tensor) -> Tensor:
         """(E,) eV of pairs at distances r (A)."""
         raise NotImplementedError("pair_energy")
