@@ -158,16 +158,20 @@ class Checkpoint:
                 raise self.wrong(
                     f"interactions.{t} is {what} of class {block.short_name}, which mdplug does not have{_ONLY}"
                 )
-            for key in ("hidden_irreps", "target_irreps", "edge_attrs_irreps"):
-                found = irreps(block.attributes.get(key))
-                if any(parity != (-1) ** degree for _, degree, parity in found):
-                    raise self.wrong(
-                        f"has pseudo-scalars or other unnatural parities ({key}), which mdplug does not have{_ONLY}"
-                    )
-                if key == "hidden_irreps" and len({multiplicity for multiplicity, _, _ in found}) > 1:
-                    raise self.wrong(
-                        f"has hidden irreps of different multiplicities, which mdplug does not have{_ONLY}"
-                    )
+            self._refuse_other_irreps(block)
+
+    def _refuse_other_irreps(self, block: Inert) -> None:
+        for key in ("hidden_irreps", "edge_irreps", "target_irreps", "edge_attrs_irreps"):
+            found = irreps(block.attributes.get(key))
+            if any(parity != (-1) ** degree for _, degree, parity in found):
+                raise self.wrong(
+                    f"has pseudo-scalars or other unnatural parities ({key}), which mdplug does not have{_ONLY}"
+                )
+            degrees = [degree for _, degree, _ in found]
+            if degrees != list(range(len(found))) or len({multiplicity for multiplicity, _, _ in found}) > 1:
+                raise self.wrong(
+                    f"its {key} are not as many of each degree 0, 1, ..., which mdplug does not have{_ONLY}"
+                )
 
     def _infer(self) -> dict[str, Any]:
         blocks = self._module("interactions").children("_modules")

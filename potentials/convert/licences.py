@@ -7,8 +7,8 @@ UNKNOWN_LICENCE = "unknown: check the source"
 _LICENCE_BY_HASH = (("75428afe", "4fb638", "MIT"), ("01bfe221", "0ed35845", "MIT"))
 _ASL = "ASL (Academic Software License: no commercial use)"
 _LICENCE_BY_NAME = (
-    (r"omat|matpes|mh-?[01]|omol|off2[34]|off_", _ASL),
-    (r"mpa-0|mp-0|mp_0|mace-128-l[012]|anicc|ani500k|mptrj", "MIT"),
+    (r"mace[-_](omat|matpes|mh-[01]|omol|off2[34])", _ASL),
+    (r"mace[-_](mpa-0|mp-0|mptrj|128-l[012])|ani500k", "MIT"),
 )
 
 

@@ -102,7 +102,7 @@ def test_fewer_elements_are_exact(stored, tag):
     a, b = arrays(evaluate(whole, system_of(water))), arrays(evaluate(fewer, system_of(water)))
     for key, value in a.items():
         np.testing.assert_allclose(b[key], value, rtol=0, atol=1e-13 * max(1.0, np.abs(value).max()))
-    with pytest.raises(InputError, match="element"):
+    with pytest.raises(InputError, match="atom 0 is Na"):
         evaluate(fewer, system_of(CASES["crystal"]))
 
 
@@ -293,6 +293,10 @@ def test_missing_and_misshapen_tensors_are_refused(stored):
     root = stored("mp0")
     root.module("readouts.1.non_linearity.acts.0").state["cst"] = 1.67653
     refused(root, "normalised by 1.67653")
+    for text in ("8x0e+8x2e", "8x0e+4x1o"):
+        root = stored("mp0")
+        root.module("interactions.0").state["hidden_irreps"] = text
+        refused(root, "hidden_irreps are not as many of each degree")
     root = stored("omol")
     root.state["embedding_specs"]["temperature"] = dict(root.state["embedding_specs"]["total_spin"])
     refused(root, "temperature")
