@@ -221,6 +221,18 @@ def test_xml_and_deepcopy_find_the_same_callable_in_this_process():
         assert np.array_equal(forces, expected[1])
 
 
+def test_forces_of_one_file_share_weights_and_nothing_else(tmp_path):
+    topology = topology_from_ase(silicon(0))
+    path = mdplug.save(StillingerWeber.new(), tmp_path / "sw.safetensors")
+    forces = [force(topology, path), force(topology, mdplug.load(path), charge=1.0), force(topology, path)]
+    plugs = [plug_of(one) for one in forces]
+    assert len({id(plug) for plug in plugs}) == 3
+    assert len({id(one.potential.parameters_) for one in (plugs[0], plugs[2])}) == 1
+    written = openmm.XmlSerializer.serialize(forces[0])
+    del plugs, forces
+    assert openmm.XmlSerializer.serialize(force(topology, path)) == written
+
+
 def test_custom_cv_force_scales_and_differentiates():
     atoms = silicon(0)
     topology = topology_from_ase(atoms)

@@ -38,6 +38,12 @@ LISTS = 4  # pair lists kept: the current box, a trial box, another context
 _living: "weakref.WeakValueDictionary[str, Plug]" = weakref.WeakValueDictionary()
 
 
+def _name(said: str) -> str:
+    """A name that no living callable has; a file's is the same in every run, so that written systems are."""
+    token = hashlib.sha256(said.encode()).hexdigest()[:16]
+    return _name(said + " again") if token in _living else token
+
+
 class Plug:
     """The callable inside a PythonForce.
 
@@ -58,9 +64,8 @@ class Plug:
             self._pickled = pickle.dumps(source)
         except Exception:  # a compiled module: runs, but cannot be written
             self._pickled = b""
-        # What is in memory can change under us, so only what a file says has a name that others may share.
-        said = repr((source, sorted(options.items()))).encode()
-        self.token = (hashlib.sha256(said).hexdigest() if isinstance(source, ModelFile) else uuid.uuid4().hex)[:16]
+        said = repr((source, sorted(options.items()))) if isinstance(source, ModelFile) else uuid.uuid4().hex
+        self.token = _name(said)
 
     def _begin(self, options: dict[str, Any], source: Model | ModelFile | None) -> None:
         self.options = options
@@ -255,8 +260,8 @@ def force(
         "max_force_eV_A": float(max_force_eV_A),
         "bad_frame": None if bad_frame is None else str(bad_frame),
     }
-    made = Plug(file or model, options)
-    plug = _living.setdefault(made.token, made)
+    plug = Plug(file or model, options)
+    _living[plug.token] = plug
     result = openmm.PythonForce(plug)
     result.setName(PREFIX + plug.token)
     result.setUsesPeriodicBoundaryConditions(options["periodic"])
