@@ -2,19 +2,23 @@
 
 B_L[n, M, k] = sum over degrees nu and couplings eta of W_nu[z_n, eta, k] U_nu[M, m1..m_nu, eta] prod_q A[m_q, n, k].
 U is symmetric in effect, so only its few non-zero sorted monomials are kept (94 for L=0, l_max 3, nu_max 3, against
-4368 dense entries).
+4368 dense entries). Each monomial is a prefix of nu_max - 1 factors times one more; few prefixes cover all of them, so
+that the polynomial is: products of the prefixes, one batched matrix product with the coefficients, one sum.
 
 Source of the recursion: Batatia et al., MACE, NeurIPS 2022 (arXiv 2206.07697), equations 10 and 11.
 """
 
+from collections import Counter
 from functools import cache
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mdplug.potentials.blocks.harmonics import Constants, real_3j
+
+FOLD_BELOW = 8 * 2**20  # numbers; larger tables of coefficients are made for the species at hand
 
 Coupled = Tuple[int, int, np.ndarray]  # l, parity, tensor (2l+1, (l_max+1)^2, ...)
 
@@ -85,53 +89,57 @@ def symmetric_basis(l_max: int, l_out: int, degree: int) -> Tuple[np.ndarray, np
     return np.concatenate(terms, axis=1), np.concatenate(rows, axis=0), tuple(sizes)
 
 
-class Power(Constants):
-    """One degree of one output: its weights and its monomials.
+@cache
+def factorise(l_max: int, l_out: int, degree: int) -> Tuple[np.ndarray, Tuple[np.ndarray, ...]]:
+    """Prefixes that cover all monomials of all outputs 0..l_out and powers 1..degree.
 
-    Attributes:
-        weight: (S or 1, P, K) as trained; after `fold` (S or 1, terms, K), the couplings summed into it.
+    Features are numbered from 0, and (l_max+1)^2 stands for the constant 1.
+
+    Returns:
+        prefixes (max(degree - 1, 1), n_prefixes);
+        for each (L, power), L outermost: place of each of its terms in a flat (components, n_prefixes, features + 1).
     """
+    one = (l_max + 1) ** 2
+    length = max(degree, 2)
+    blocks = [symmetric_basis(l_max, ell, nu) for ell in range(l_out + 1) for nu in range(1, degree + 1)]
+    padded = [[(*term, *[one] * (length - len(term))) for term in index.T.tolist()] for index, _, _ in blocks]
+    left: Set[Tuple[int, ...]] = {term for terms in padded for term in terms}
+    chosen: List[Tuple[int, ...]] = []
+    split: dict[Tuple[int, ...], Tuple[int, int]] = {}  # monomial -> prefix, remaining feature
+    while left:
+        votes = Counter(prefix for term in sorted(left) for prefix in {_without(term, q) for q in range(length)})
+        best = max(sorted(votes), key=lambda prefix: votes[prefix])
+        for term in list(left):
+            for q in range(length):
+                if _without(term, q) == best:
+                    split[term] = (len(chosen), term[q])
+                    left.discard(term)
+        chosen.append(best)
+    places = []
+    for number, ((_, _, sizes), terms) in enumerate(zip(blocks, padded, strict=True)):
+        first = (number // degree) ** 2
+        rows = np.repeat(np.arange(first, first + len(sizes)), sizes)
+        at = np.array([split[term] for term in terms], dtype=np.int64).reshape(-1, 2)
+        places.append((rows * len(chosen) + at[:, 0]) * (one + 1) + at[:, 1])
+    return np.array(chosen).T, tuple(places)
 
-    def __init__(self, l_max: int, l_out: int, degree: int, n_species: int, channels: int, dtype: torch.dtype):
+
+def _without(term: Sequence[int], q: int) -> Tuple[int, ...]:
+    return (*term[:q], *term[q + 1 :])
+
+
+class Power(Constants):
+    """One degree of one output: its weights (S or 1, P, K)."""
+
+    def __init__(self, basis: np.ndarray, n_species: int, channels: int, dtype: torch.dtype):
         super().__init__()
-        index, basis, sizes = symmetric_basis(l_max, l_out, degree)
-        self.degree = degree
-        self.n_components = 2 * l_out + 1
-        self.sizes: List[int] = list(sizes)
-        self.folded = False
-        self.register_buffer("index", torch.from_numpy(index.astype(np.int64)), persistent=False)
         self.add_constant("basis", basis, dtype)
         self.weight = nn.Parameter(torch.zeros(n_species, basis.shape[1], channels, dtype=dtype))
 
-    def coefficients(self, present: Optional[Tensor]) -> Tensor:
-        """(S' or 1, terms, K), for the species in `present` only; None: all rows."""
+    def forward(self, present: Optional[Tensor]) -> Tensor:
+        """(S' or 1, terms, K): coefficient of each monomial, for the species in `present` only; None: all rows."""
         weight = self.weight if present is None else self.weight.index_select(0, present)
-        return weight if self.folded else torch.matmul(self.basis, weight)
-
-    def fold(self) -> None:
-        """Sum the couplings into the weights for good."""
-        if not self.folded:
-            with torch.no_grad():
-                self.weight = nn.Parameter(torch.matmul(self.basis, self.weight), requires_grad=False)
-            self.folded = True
-
-    def forward(self, features: Tensor, coefficients: Tensor) -> Tensor:
-        """One chunk of atoms of one species.
-
-        Args:
-            features: ((l_max+1)^2, n, K).
-            coefficients: (terms, K).
-
-        Returns:
-            (2 l_out + 1, n, K)
-        """
-        product = features.index_select(0, self.index[0]) * coefficients.unsqueeze(1)
-        for q in range(1, self.degree):
-            product = product * features.index_select(0, self.index[q])
-        if self.n_components == 1:
-            return product.sum(0, keepdim=True)
-        parts = [piece.sum(0) for piece in torch.split(product, self.sizes)]
-        return torch.stack(parts)
+        return torch.matmul(self.basis, weight)
 
 
 class Output(nn.Module):
@@ -139,21 +147,12 @@ class Output(nn.Module):
 
     def __init__(self, l_max: int, l_out: int, degree: int, n_species: int, channels: int, dtype: torch.dtype):
         super().__init__()
-        self.powers = nn.ModuleList(
-            [Power(l_max, l_out, nu, n_species, channels, dtype) for nu in range(1, degree + 1)]
-        )
+        bases = [symmetric_basis(l_max, l_out, nu)[1] for nu in range(1, degree + 1)]
+        self.powers = nn.ModuleList([Power(basis, n_species, channels, dtype) for basis in bases])
 
-    def coefficients(self, present: Optional[Tensor]) -> List[Tensor]:
-        """Of each degree; see `Power.coefficients`."""
-        return [power.coefficients(present) for power in self.powers]
-
-    def forward(self, features: Tensor, coefficients: List[Tensor], kind: int) -> Tensor:
-        """(2L+1, n, K) for a chunk of atoms of species `kind` (its place in the coefficients)."""
-        total = features.new_zeros(0)
-        for q, power in enumerate(self.powers):
-            part = power(features, coefficients[q][kind])
-            total = part if q == 0 else total + part
-        return total
+    def forward(self, present: Optional[Tensor]) -> List[Tensor]:
+        """Coefficients of each degree; see `Power`."""
+        return [power(present) for power in self.powers]
 
 
 class SymmetricContraction(nn.Module):
@@ -167,19 +166,37 @@ class SymmetricContraction(nn.Module):
     def __init__(self, l_max: int, l_out: int, degree: int, n_species: int, channels: int, dtype: torch.dtype):
         super().__init__()
         self.agnostic = n_species == 1
+        self.n_components = (l_out + 1) ** 2
         self.outputs = nn.ModuleList(
             [Output(l_max, ell, degree, n_species, channels, dtype) for ell in range(l_out + 1)]
         )
+        prefixes, places = factorise(l_max, l_out, degree)
+        self.n_prefixes = prefixes.shape[1]
+        self.n_factors = (l_max + 1) ** 2 + 1
+        self.folded = False
+        self.register_buffer("prefixes", torch.from_numpy(prefixes.astype(np.int64)), persistent=False)
+        self.register_buffer("places", torch.from_numpy(np.concatenate(places)), persistent=False)
+        self.register_buffer("dense", torch.zeros(0, dtype=dtype), persistent=False)
 
     def fold(self) -> None:
-        """Sum the couplings into the weights for good (inference)."""
-        for output in self.outputs:
-            for power in output.powers:
-                power.fold()
+        """Keep the coefficients of all species, where they are small (inference)."""
+        size = self.outputs[0].powers[0].weight[:, 0].numel() * self.n_components * self.n_prefixes * self.n_factors
+        if not self.folded and size <= FOLD_BELOW:
+            with torch.no_grad():
+                self.dense = self.coefficients(None)
+            self.folded = True
 
-    def forward(
-        self, features: Tensor, present: Tensor, sizes: List[int], kinds: List[int]
-    ) -> List[Tensor]:
+    def coefficients(self, present: Optional[Tensor]) -> Tensor:
+        """(S' or 1, K, components * prefixes, features + 1), for the species in `present`; None: all."""
+        parts: List[Tensor] = []
+        for output in self.outputs:
+            parts.extend(output(present))
+        terms = torch.cat(parts, dim=1)
+        size = self.n_components * self.n_prefixes * self.n_factors
+        dense = terms.new_zeros(terms.shape[0], size, terms.shape[2]).index_copy(1, self.places, terms)
+        return dense.transpose(1, 2).reshape(terms.shape[0], terms.shape[2], -1, self.n_factors)
+
+    def forward(self, features: Tensor, present: Tensor, sizes: List[int], kinds: List[int]) -> Tensor:
         """Contract.
 
         Args:
@@ -188,14 +205,20 @@ class SymmetricContraction(nn.Module):
             sizes, kinds: chunks of atoms, and the place of their species in `present`.
 
         Returns:
-            (2L+1, n, K) for each L.
+            ((l_out+1)^2, n, K)
         """
-        chunks = torch.split(features, sizes, dim=1)
-        results: List[Tensor] = []
-        for output in self.outputs:
-            coefficients = output.coefficients(None if self.agnostic else present)
-            parts: List[Tensor] = []
-            for c, chunk in enumerate(chunks):
-                parts.append(output(chunk, coefficients, 0 if self.agnostic else kinds[c]))
-            results.append(torch.cat(parts, dim=1))
-        return results
+        if self.folded:
+            coefficients = self.dense if self.agnostic else self.dense.index_select(0, present)
+        else:
+            coefficients = self.coefficients(None if self.agnostic else present)
+        parts: List[Tensor] = []
+        for c, chunk in enumerate(torch.split(features, sizes, dim=1)):
+            factors = torch.cat([chunk, torch.ones_like(chunk[:1])], dim=0).permute(2, 0, 1).contiguous()
+            prefix = factors.index_select(1, self.prefixes[0])
+            for q in range(1, self.prefixes.shape[0]):
+                prefix = prefix * factors.index_select(1, self.prefixes[q])
+            rest = torch.bmm(coefficients[0 if self.agnostic else kinds[c]], factors)
+            n_channels, n = factors.shape[0], factors.shape[2]
+            product = rest.view(n_channels, self.n_components, self.n_prefixes, n) * prefix.unsqueeze(1)
+            parts.append(product.sum(2).permute(1, 2, 0))
+        return torch.cat(parts, dim=1)

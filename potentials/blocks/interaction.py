@@ -257,10 +257,7 @@ class Layer(nn.Module):
         """
         messages = self.messenger(sent, table, own, columns, harmonics, graph)
         product = self.product(messages, graph.present, graph.sizes, graph.kinds)
-        parts: List[Tensor] = []
-        for ell, part in enumerate(product):
-            parts.append(torch.matmul(part, self.mix[ell]))
-        out = torch.cat(parts, dim=0)
+        out = per_irrep(product, self.mix)
         if not self.has_skip:
             return out
         skip = per_species(features, self.skip, graph) if self.skip_by_species else per_irrep(features, self.skip)

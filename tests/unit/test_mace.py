@@ -107,7 +107,7 @@ def test_charge_spin_and_head_matter():
         system.head.fill_(head)
         energies.append(float(evaluate(model, system, forces=False).interaction_energy))
     assert len({round(e, 6) for e in energies}) == 4
-    with pytest.raises(InputError, match="total_charge .* range -4 to 4"):
+    with pytest.raises(InputError, match=r"total_charge .* range -4 to 4"):
         evaluate(model, box(charge=5))
 
 
