@@ -95,21 +95,26 @@ class _Frame:
 def label(atoms: Atoms, calculator: Calculator, method: str) -> Atoms:
     """A copy of ``atoms`` with its labels.
 
-    ``info``: REF_energy (eV, total), REF_dipole (e A, where the calculator has it), method.
+    ``info``: REF_energy (eV, total), method, and where the calculator has them REF_dipole (e A, not for periodic
+    structures) and REF_stress (eV/A^3, 3x3, periodic structures alone).
     ``arrays``: REF_forces (eV/A), REF_charges (e, where the calculator has them).
 
     Raises:
         SimulationError: the calculation did not converge.
     """
     out = atoms.copy()
+    if isinstance(calculator, Calculator):
+        calculator.reset()  # ASE's cache does not look at the charge in info
     out.calc = calculator
     energy = float(out.get_potential_energy())
     arrays = {"REF_forces": out.get_forces()}
     extra: dict[str, np.ndarray] = {}
-    for name, getter, place in (
-        ("REF_charges", out.get_charges, arrays),
-        ("REF_dipole", out.get_dipole_moment, extra),
-    ):
+    wanted: list[tuple[str, Callable[[], Any], dict[str, np.ndarray]]] = [("REF_charges", out.get_charges, arrays)]
+    if out.pbc.any():
+        wanted.append(("REF_stress", lambda: out.get_stress(voigt=False), extra))
+    else:
+        wanted.append(("REF_dipole", out.get_dipole_moment, extra))
+    for name, getter, place in wanted:
         try:
             place[name] = np.asarray(getter(), dtype=float)
         except (PropertyNotImplementedError, NotImplementedError):
@@ -148,11 +153,9 @@ class _Labeller:
             limit = atoms.info.pop("fmax_eV_A", self.config.fmax_eV_A)
             try:
                 done = label(atoms, self.calculator, self.method)
-            except MdplugError as error:
-                outcome.failed.append(_with_error(atoms, error))
-                continue
             except Exception as error:  # a calculator that is not ours may raise anything
-                if self.config.method == "xtb":
+                ours = self.config.method == "xtb" or isinstance(error, MdplugError)
+                if ours and not isinstance(error, SimulationError):
                     raise
                 outcome.failed.append(_with_error(atoms, error))
                 continue

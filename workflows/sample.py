@@ -208,12 +208,11 @@ def carve_clusters(
         if not len(ids) or "mol_charge" not in box.arrays:
             raise InputError(f"frame {k} has no mol_id and mol_charge: give the box it started from as template")
         ions = np.unique(box.arrays["mol_id"][box.arrays["mol_charge"] != 0])
-        for n in range(per_frame):
+        for _ in range(per_frame):
             middle = ions if len(ions) and rng.random() < ion_share else ids
             cluster = clusters.carve(box, int(rng.choice(middle)), int(rng.integers(n_atoms[0], n_atoms[1] + 1)))
-            kind = "carved_" + _cluster_kind(cluster)
-            cluster.info |= {"group": f"{source}-{k:05d}", "source": source, "split": split, "config_type": kind}
-            cluster.info["id"] = f"{source}-{k:05d}-{n}"
+            cluster.info |= {"group": f"{source}-{k:05d}", "source": source, "split": split}
+            cluster.info["config_type"] = "carved_" + _cluster_kind(cluster)
             yield cluster
 
 
@@ -344,11 +343,10 @@ def _draw_modes(name: str, rng: np.random.Generator, calculator: CalculatorFacto
     """Minimum and modes of a random conformer, kept for the life of the process."""
     conformer = int(rng.integers(CONFORMERS))
     calc = calculator()
-    key = (name, conformer, getattr(calc, "name", ""), getattr(calc, "hamiltonian", ""), id(type(calc)))
+    key = (name, conformer, type(calc), getattr(calc, "hamiltonian", ""))
     if key not in _MODES:
         atoms = _template(name, conformer).atoms()
         atoms.set_array("mol_id", np.zeros(len(atoms), dtype=int))
-        atoms.calc = calc
         _relax(atoms, calc, 200, fmax=0.02)
 
         def forces(probe: Atoms) -> np.ndarray:

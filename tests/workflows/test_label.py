@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.build import molecule
 from ase.io import read, write
 
-from mdplug.errors import InputError, RunFolderError, SimulationError
+from mdplug.errors import InputError, MissingExtraError, RunFolderError, SimulationError
 from mdplug.workflows import label
 from mdplug.workflows.xtb import XTB
 
@@ -164,6 +164,30 @@ def test_failed_scf_is_kept_aside_and_counted(tmp_path):
     failed = read(result.failed, ":")
     assert len(failed) == 2
     assert "SimulationError" in failed[0].info["error"]
+
+
+def test_what_is_no_failed_scf_ends_the_run(tmp_path, monkeypatch):
+    source = tmp_path / "in.xyz"
+    write(source, water(0))
+    config = label.Config(inputs=(source,), output=tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "tblite.interface", None)
+    with pytest.raises(MissingExtraError, match="label"):
+        label.run(config)
+    monkeypatch.undo()
+    assert label.run(config).n_labelled == 1
+    write(source, water(0, charge=1))
+    with pytest.raises(InputError, match="spin"):
+        label.run(label.Config(inputs=(source,), output=tmp_path / "odd"))
+
+
+def test_periodic_structures_get_a_stress_and_no_dipole(tmp_path):
+    source = tmp_path / "in.xyz"
+    atoms = molecule("H2O", info={"charge": 0}, cell=[4.5, 5.0, 5.5], pbc=True)
+    write(source, atoms)
+    frame = read(label.run(label.Config(inputs=(source,), output=tmp_path / "out")).labels)
+    atoms.calc = XTB()
+    np.testing.assert_allclose(np.asarray(frame.info["REF_stress"]), atoms.get_stress(voigt=False), atol=1e-6)
+    assert "REF_dipole" not in frame.info
 
 
 def test_large_forces_are_left_out_and_counted(tmp_path):
