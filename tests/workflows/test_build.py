@@ -172,7 +172,7 @@ def test_bad_compositions_are_refused_in_one_line(composition, options, message)
 
 def test_too_dense_a_box_is_refused():
     with pytest.raises(InputError, match="lower the density"):
-        build("water:30", density_g_cm3=4.0)
+        build("water:12", density_g_cm3=4.0)
     with pytest.raises(InputError, match="not done after"):
         build("EC:200", density_g_cm3=1.3, timeout_s=0.05)
 
