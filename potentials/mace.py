@@ -6,6 +6,7 @@ normalisation inside the weights. Public upstream checkpoints convert into it ex
 """
 
 import copy
+import dataclasses
 import math
 from typing import Any, Dict, Final, List, Tuple
 
@@ -23,6 +24,7 @@ from mdplug.potentials.blocks.tables import tabulate
 from mdplug.spec import Spec
 
 CHUNK = 64  # atoms per chunk of the product: its monomials then stay in a core's cache
+TRAINING_CHUNK = 4096  # where autograd keeps everything anyway, fewer and larger pieces are faster
 
 DEFAULTS: Dict[str, Any] = {
     "channels": 64,  # K, of every irrep
@@ -44,6 +46,8 @@ DEFAULTS: Dict[str, Any] = {
         "transform": "none",
         "apply_cutoff": True,  # the cutoff multiplies the basis; else what comes out of the net
         "widths": [64, 64, 64],
+        # No gradient through the basis: upstream's chebyshev models were trained so; forces are then not -dE/dx.
+        "detached": False,
     },
     "readout": {"hidden": 16, "gate": "silu", "bias": False, "last_only": False},
     "embedding": [],  # of total charge and spin, see StateEmbedding
@@ -116,7 +120,7 @@ class MACE(Potential):
 
         if not spec.species:
             raise InputError(f"MACE {spec.name!r} needs a list of species")
-        self.chunk = CHUNK
+        self.chunk, self.training_chunk = CHUNK, TRAINING_CHUNK
         self.tabulated = False
         self.table_error = 0.0
         self.table_report: Dict[str, Any] = {}
@@ -203,6 +207,19 @@ class MACE(Potential):
         self.register_buffer("scale", torch.ones(n_heads, dtype=dtype))
         self.register_buffer("shift", torch.zeros(n_heads, dtype=dtype))
 
+    @classmethod
+    def untrained(cls, spec: Spec, statistics: Dict[str, float], generator: torch.Generator) -> "MACE":
+        """See `Potential.untrained`; of `spec`, fields that follow from its config are filled in."""
+        n_layers = len(spec.config.get("kinds", DEFAULTS["kinds"]))
+        config = {"neighbours": [statistics["mean_neighbours"]] * n_layers, **spec.config}
+        derived = describe(spec.name, config, spec.cutoff, spec.species)
+        fields = ("config", "layers", "exchange_width", "outputs")
+        model = cls.from_spec(dataclasses.replace(spec, **{name: getattr(derived, name) for name in fields}))
+        model.initialise(generator)
+        model.scale.fill_(statistics["rms_force"])
+        model.shift.fill_(statistics["mean_interaction_energy"])
+        return model
+
     def local(
         self,
         numbers: Tensor,
@@ -234,7 +251,8 @@ class MACE(Potential):
             r, vectors = r[by_receiver], vectors[by_receiver]
         r = r.unsqueeze(1)
         harmonics = self.harmonics(-vectors / r)  # upstream's vectors point at the receiver
-        graph = build_graph(harmonics, receiver, sender, species, n_owned, self.chunk)
+        chunk = self.training_chunk if self.training else self.chunk
+        graph = build_graph(harmonics, receiver, sender, species, n_owned, chunk)
         receiving, sending = species[receiver], species[sender]
         columns = self.radial(r, receiving, sending)
         atom_head = head[system_index[graph.order]]
@@ -285,7 +303,7 @@ class MACE(Potential):
         Returns:
             the copy; its `table_error` is the error reached and `table_report` says more.
         """
-        if self.tabulated:
+        if self.tabulated or self.spec.config["radial"]["detached"]:
             return self
         fast = copy.deepcopy(self).requires_grad_(False)
         for layer in fast.layers:

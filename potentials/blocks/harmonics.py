@@ -98,6 +98,9 @@ def harmonic_coefficients(ell: int) -> np.ndarray:
 class SphericalHarmonics(Constants):
     """(E, 3) unit vectors -> (E, (l_max+1)^2): monomials by degree, then one matrix product."""
 
+    starts: List[int]
+    sizes: List[int]
+
     def __init__(self, l_max: int, dtype: torch.dtype):
         super().__init__()
         self.l_max = l_max
@@ -121,8 +124,8 @@ class SphericalHarmonics(Constants):
                 left.append(torch.tensor([p[0] for p in pairs]))
                 right.append(torch.tensor([p[1] for p in pairs]))
         sizes = [len(t) for t in left]
-        self.starts: List[int] = [sum(sizes[:k]) for k in range(len(sizes))]
-        self.sizes: List[int] = sizes
+        self.starts = [sum(sizes[:k]) for k in range(len(sizes))]
+        self.sizes = sizes
         empty = torch.zeros(0, dtype=torch.int64)
         self.register_buffer("left", torch.cat([*left, empty]), persistent=False)
         self.register_buffer("right", torch.cat([*right, empty]), persistent=False)

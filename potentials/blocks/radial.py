@@ -43,10 +43,13 @@ def polynomial_cutoff(r: Tensor, cutoff: Tensor, p: int) -> Tensor:
     Args:
         r: (E, 1) A. cutoff: A, broadcast against r. p: exponent.
     """
+    # 1 - (p+1)(p+2)/2 t^p + p(p+2) t^(p+1) - p(p+1)/2 t^(p+2), with its triple root taken out: no cancellation near t=1
     t = r / cutoff
-    tp = t**p
-    f = 1.0 - 0.5 * (p + 1.0) * (p + 2.0) * tp + p * (p + 2.0) * tp * t - 0.5 * p * (p + 1.0) * tp * t * t
-    return f * (t < 1.0).to(r.dtype)
+    u = torch.clamp(1.0 - t, min=0.0)
+    total = torch.full_like(t, 0.5 * p * (p + 1))
+    for k in range(p - 2, -1, -1):
+        total = total * t + 0.5 * (k + 1) * (k + 2)
+    return u * u * u * total
 
 
 class Bessel(nn.Module):
@@ -289,11 +292,12 @@ class Radial(nn.Module):
     """Everything of the pair distance that the layers need: one tensor of columns per layer.
 
     Args:
-        config: the model's "radial" record: basis, n_basis, p, transform, apply_cutoff.
+        config: the model's "radial" record: basis, n_basis, p, transform, apply_cutoff, detached.
         cutoff: A. radii: (S,) A. nets: one per layer.
     """
 
     apply_cutoff: Final[bool]
+    detached: Final[bool]
     p: Final[int]
 
     def __init__(
@@ -307,6 +311,7 @@ class Radial(nn.Module):
         super().__init__()
         self.p = int(config["p"])
         self.apply_cutoff = bool(config["apply_cutoff"])
+        self.detached = bool(config["detached"])
         self.basis = make_basis(config["basis"], int(config["n_basis"]), cutoff, dtype)
         self.transform = make_transform(config["transform"], radii, dtype)
         self.nets = nn.ModuleList(nets)
@@ -320,6 +325,8 @@ class Radial(nn.Module):
         """
         envelope = polynomial_cutoff(r, self.cutoff, self.p)
         basis = self.basis(self.transform(r, receiver, sender))
+        if self.detached:
+            basis = basis.detach()
         if self.apply_cutoff:
             basis = basis * envelope
             envelope = torch.ones_like(envelope)

@@ -1,5 +1,7 @@
 """MACE against the contract, finite differences, and itself in its other forms. Upstream parity is in tests/peers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -196,3 +198,22 @@ def test_bad_options_and_elements_are_refused():
                 numbers, p.index, p.vectors, 20, system.system_index, system.total_charge, system.total_spin,
                 system.head,
             )  # fmt: skip
+
+
+def test_untrained_takes_the_statistics_of_the_labels():
+    statistics = {"mean_neighbours": 7.0, "rms_force": 0.8, "mean_interaction_energy": -0.3}
+    spec = describe("t", {"channels": 8, "l_hidden": 1}, 4.0, (1, 8), licence="MIT")
+    bare = dataclasses.replace(spec, config={"channels": 8, "l_hidden": 1}, layers=1, outputs=("atom_energy",))
+    model = MACE.untrained(bare, statistics, torch.Generator().manual_seed(0))
+    assert model.spec == dataclasses.replace(spec, config={**spec.config, "neighbours": [7.0, 7.0]})
+    assert (float(model.scale), float(model.shift)) == (0.8, -0.3)
+    assert torch.equal(model.embedding, MACE.from_spec(spec).initialise(torch.Generator().manual_seed(0)).embedding)
+
+
+def test_detached_basis_keeps_the_energy_and_changes_the_forces():
+    radial = {"basis": "chebyshev", "transform": "agnesi"}
+    true, detached = build({"radial": radial}), build({"radial": {**radial, "detached": True}})
+    a, b = evaluate(true, box()), evaluate(detached, box())
+    torch.testing.assert_close(a.interaction_energy, b.interaction_energy)
+    assert (a.forces - b.forces).abs().max() > 0.05 * a.forces.abs().max()
+    assert detached.with_tables() is detached

@@ -132,3 +132,15 @@ def test_tables_are_only_for_loading():
     assert exact.with_exact_radial() is exact
     with pytest.raises(InputError, match="radial='exact'"):
         tables.with_exact_radial()
+
+
+@pytest.mark.parametrize("p", [1, 5, 6])
+def test_cutoff_is_the_published_polynomial(p):
+    t = np.linspace(0.0, 1.0, 11)
+    wanted = 1 - (p + 1) * (p + 2) / 2 * t**p + p * (p + 2) * t ** (p + 1) - p * (p + 1) / 2 * t ** (p + 2)
+    got = polynomial_cutoff(column(*t), torch.tensor(1.0, dtype=F64), p)[:, 0]
+    np.testing.assert_allclose(got, wanted, atol=1e-14)
+    # near the cutoff the published form loses all digits of float32; this one does not
+    near = torch.tensor([[0.999]])
+    exact = polynomial_cutoff(near.double(), torch.tensor(1.0, dtype=F64), p).item()
+    assert polynomial_cutoff(near, torch.tensor(1.0), p).item() == pytest.approx(exact, rel=1e-4)
