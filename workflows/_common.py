@@ -277,6 +277,7 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise RunFolderError(f"{self.path} is in use by another process; wait for it or choose another") from error
         write_atomic(self.path / "config.yaml", config.to_yaml())
         if not self.continues:

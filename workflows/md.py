@@ -133,7 +133,11 @@ class _Schedule:
         def steps(time_ps: float) -> int:
             return max(1, round(time_ps * PS / config.timestep_fs))
 
-        return cls(steps(config.time_ps), steps(config.frame_ps), steps(config.log_ps), steps(config.checkpoint_ps))
+        checkpoint = steps(config.checkpoint_ps)
+        if config.ensemble == "npt" and config.engine == "openmm":
+            # The barostat starts to count anew at a checkpoint: with shorter intervals it would never move.
+            checkpoint = -(-checkpoint // config.barostat_steps) * config.barostat_steps
+        return cls(steps(config.time_ps), steps(config.frame_ps), steps(config.log_ps), checkpoint)
 
     def next_event(self, step: int) -> int:
         every = (self.frame, self.log, self.checkpoint)

@@ -89,7 +89,8 @@ class AppendFile:
     def __init__(self, path: Path, size: int):
         self.path = path
         with disk_errors(path):
-            self._file = path.open("r+b" if path.exists() else "w+b")
+            # Unbuffered: what a full disk refuses must not come up again when the file is closed.
+            self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
             if self._file.seek(0, os.SEEK_END) < size:
                 raise RunFolderError(
                     f"{path} is shorter than its checkpoint says; remove the run folder and start again"
@@ -100,20 +101,22 @@ class AppendFile:
     def append(self, data: bytes) -> None:
         """Add bytes at the end."""
         with disk_errors(self.path):
-            self._file.write(data)
-            self._file.flush()
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[self._file.write(data) :]
 
     def overwrite(self, offset: int, data: bytes) -> None:
         """Replace bytes in place."""
         with disk_errors(self.path):
             self._file.seek(offset)
-            self._file.write(data)
+            self._write(data)
             self._file.seek(0, os.SEEK_END)
 
     def sync(self) -> int:
         """Everything on disk; the size."""
         with disk_errors(self.path):
-            self._file.flush()
             os.fsync(self._file.fileno())
             return self._file.seek(0, os.SEEK_END)
 
@@ -147,8 +150,9 @@ class Trajectory:
                 one = Path(folder) / f"frame.{self.format}"
                 (_encode_xtc if self.format == "xtc" else _encode_dcd)(one, frame)
                 data = one.read_bytes()
-            if self.format == "dcd" and self.frames:
-                data = data[_dcd_header(data) :]
+            if self.format == "dcd":
+                start = _dcd_header(data)
+                data = data[start:] if self.frames else _undated(data[:start]) + data[start:]
             self._file.append(data)
         self.frames += 1
         if self.format == "dcd":
@@ -197,6 +201,13 @@ def _dcd_header(data: bytes) -> int:
     for _ in range(3):
         at += int.from_bytes(data[at : at + 4], "little") + 8
     return at
+
+
+def _undated(header: bytes) -> bytes:
+    """Without the date in the title, so that the same run gives the same file."""
+    title = 92 + 4 + 4  # after the first record, the second one's length and its number of lines
+    stop = len(header) - 12 - 4
+    return header[:title] + b"mdplug".ljust(stop - title) + header[stop:]
 
 
 COLUMNS = (
