@@ -82,9 +82,8 @@ def build(name: str, seed: int, frame: Any, path: Path) -> None:
     atoms = frame.copy()
     atoms.calc = MACECalculator(models=[model], device="cpu", default_dtype="float64")
     rms = float(np.sqrt((atoms.get_forces() ** 2).mean()))
-    torch.nn.init.constant_(
-        model.scale_shift.scale, float(f"{1.0 / rms:.3g}")
-    )  # rounded: the same file on every machine
+    scale: Any = model.scale_shift.scale
+    scale.fill_(float(f"{1.0 / rms:.3g}"))  # rounded: the same file on every machine
     torch.save(model, path)
 
 
