@@ -124,6 +124,9 @@ class ZBL(PairPotential):
     (J. F. Ziegler, J. P. Biersack, U. Littmark, The Stopping and Range of Ions in Solids, 1985).
     """
 
+    weights: Tensor
+    decays: Tensor
+
     def __init__(self, spec: Spec):
         super().__init__(spec)
         self.register_buffer("weights", torch.tensor([0.18175, 0.50986, 0.28022, 0.02817], dtype=torch.float64))

@@ -261,13 +261,15 @@ def _clusters(task: Clusters, start: Start, calculator: CalculatorFactory) -> It
 def _contacts(task: Contacts, start: Start, calculator: CalculatorFactory) -> Iterator[tuple[str, Atoms]]:
     rng = start.rng()
     for _ in range(task.each):
-        pair = [
+        first, second = (
             _draw_modes(str(rng.choice(task.molecules)), rng, calculator).sample(task.temperature_K, rng)
             for _ in range(2)
-        ]
+        )
         # Elements first, then an atom of it: rare elements meet as often as hydrogens.
-        chosen = [int(rng.choice(np.flatnonzero(m.numbers == rng.choice(np.unique(m.numbers))))) for m in pair]
-        yield "contact", clusters.close_contact(*pair, *chosen, rng.uniform(*task.distances_A), rng)
+        i, j = (
+            int(rng.choice(np.flatnonzero(m.numbers == rng.choice(np.unique(m.numbers))))) for m in (first, second)
+        )
+        yield "contact", clusters.close_contact(first, second, i, j, rng.uniform(*task.distances_A), rng)
 
 
 def _bonds(task: Bonds, start: Start, calculator: CalculatorFactory) -> Iterator[tuple[str, Atoms]]:
