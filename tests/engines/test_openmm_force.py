@@ -15,8 +15,8 @@ from in_openmm import argon, context_of, in_openmm, lennard_jones, read, silicon
 from openmm import app
 
 import mdplug
-from mdplug.engines.openmm import create_system, errors_of, force, plug_of, plugs_of
-from mdplug.engines.openmm.topology import reduced_box, topology_from_ase
+from mdplug.engines.openmm import check_ensemble, create_system, errors_of, force, plug_of, plugs_of
+from mdplug.engines.openmm.topology import box_A_of, reduced_box, topology_from_ase
 from mdplug.errors import InputError, ModelFileError
 from mdplug.potential import evaluate
 from mdplug.potentials.stillinger_weber import StillingerWeber
@@ -143,6 +143,42 @@ def test_memo_saves_a_third_of_barostat_evaluations_and_changes_nothing():
     assert run <= 122
     assert after <= run + 1
     assert np.array_equal(plain, remembered)
+
+
+def barostat(kind):
+    membrane = openmm.MonteCarloMembraneBarostat
+    return {
+        "isotropic": lambda: openmm.MonteCarloBarostat(500.0, 90.0, 1),
+        "anisotropic": lambda: openmm.MonteCarloAnisotropicBarostat((500.0,) * 3, 90.0, True, True, True, 1),
+        "membrane": lambda: membrane(500.0, 0.0, 90.0, membrane.XYAnisotropic, membrane.ZFree, 1),
+        "flexible": lambda: openmm.MonteCarloFlexibleBarostat(500.0, 90.0, 1),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "anisotropic", "membrane", "flexible"])
+def test_every_barostat_gets_the_energy_of_the_box_it_proposes(kind):
+    """Also where the flexible one reduces the box anew and so changes which images are which."""
+    atoms = argon()
+    if kind == "flexible":
+        atoms.set_cell(atoms.cell.array @ np.array([[1, 0, 0], [0.45, 1, 0], [-0.4, 0.45, 1]]), scale_atoms=True)
+    system = create_system(topology_from_ase(atoms), lennard_jones(), remove_cm=False)
+    moves = barostat(kind)
+    moves.setRandomNumberSeed(3)
+    system.addForce(moves)
+    check_ensemble(system, openmm.LangevinMiddleIntegrator(90.0, 1.0, 0.002))
+    integrator = openmm.LangevinMiddleIntegrator(90.0, 1.0, 0.002)
+    integrator.setRandomNumberSeed(4)
+    context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
+    context.setPositions(atoms.positions @ reduced_box(atoms.cell.array)[1] / NM)
+    boxes = []
+    for _ in range(12):
+        integrator.step(3)
+        state = context.getState(getPositions=True, getEnergy=True)
+        boxes.append(box_A_of(state))
+        now = Atoms(atoms.numbers, state.getPositions(asNumpy=True)._value * NM, cell=boxes[-1], pbc=True)
+        expected = float(evaluate(lennard_jones(), AtomicSystem.from_ase(now)).interaction_energy)
+        assert abs(state.getPotentialEnergy()._value / KJ_MOL_PER_EV - expected) < 1e-9
+    assert np.abs(boxes[-1] - boxes[0]).max() > 0.01
 
 
 def test_pair_lists_survive_trial_boxes():

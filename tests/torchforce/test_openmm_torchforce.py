@@ -1,18 +1,22 @@
 """TorchForce = PythonForce, in the one environment where openmmtorch works; its refusal everywhere else."""
 
 import copy
+from importlib.metadata import version
 
 import numpy as np
 import openmm
 import pytest
-from in_openmm import argon, context_of, lennard_jones, read, silicon
+import torch
+from in_openmm import argon, context_of, lennard_jones, read, silicon, water
 from openmm import unit
 
+import mdplug
 from mdplug.engines.openmm import create_system
 from mdplug.engines.openmm.topology import topology_from_ase
 from mdplug.engines.openmm.torchforce import torch_force, versions_that_work
 from mdplug.errors import InputError, MdplugError
 from mdplug.potential import evaluate
+from mdplug.potentials.mace import MACE, describe
 from mdplug.potentials.stillinger_weber import StillingerWeber
 from mdplug.system import AtomicSystem
 from mdplug.units import KJ_MOL_PER_EV, NM
@@ -35,10 +39,6 @@ def test_pairs_of_versions(torch_version, openmm_version, reason):
 
 
 def works_here():
-    from importlib.metadata import version
-
-    import torch
-
     return versions_that_work(torch.__version__, version("openmm")) is None
 
 
@@ -88,6 +88,23 @@ def test_open_system_and_subset():
     assert not np.delete(forces, chosen, axis=0).any()
     with pytest.raises(InputError, match="different indices"):
         torch_force(topology_from_ase(atoms), StillingerWeber.new(), atoms=[0, 0])
+
+
+@pytest.mark.torchforce
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_mace_file_equals_python_force(dtype, tmp_path):
+    atoms = water(8)
+    atoms.positions += 3.0 * atoms.cell.array[1] - 2.0 * atoms.cell.array[0]
+    spec = describe("random", {"channels": 8, "neighbours": [6.0, 6.0], "l_hidden": 1}, 4.0, (1, 8))
+    made = MACE.from_spec(spec).initialise(torch.Generator().manual_seed(0))
+    made.scale.fill_(8.0)
+    model = mdplug.load(mdplug.save(made, tmp_path / "random.safetensors"), dtype=dtype)
+    energy, forces = read(*context_of(with_torch(atoms, model), atoms))
+    plain = create_system(topology_from_ase(atoms), model, remove_cm=False)
+    expected, theirs = read(*context_of(plain, atoms))
+    assert np.abs(theirs).max() > 1.0
+    assert abs(energy - expected) < (1e-8 if dtype == "float64" else 1e-4)
+    assert np.abs(forces - theirs).max() < (1e-8 if dtype == "float64" else 1e-5) * np.abs(theirs).max()
 
 
 @pytest.mark.torchforce

@@ -231,7 +231,8 @@ def force(
     Args:
         topology: elements of the atoms; its box says whether the system is periodic.
         potential: what `mdplug.load` gives, any Potential, or a model file. A system with a file's potential is
-            written (XML) with the file's path and hash; one built in memory is written whole.
+            written (XML) with the file's path and hash; one built in memory is written whole. Either way by pickle,
+            as OpenMM does: read such XML only from those you trust.
         atoms: indices it acts on; None: all.
         charge: total charge of these atoms, e.
         spin: multiplicity 2S+1 of these atoms.
