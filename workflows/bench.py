@@ -7,8 +7,9 @@ import os
 import selectors
 import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +104,16 @@ def motion(atoms: Atoms, frames: int, seed: int = 0) -> np.ndarray:
 class Worker:
     """One engine in its own process (see bench_peers.py).
 
+    Args:
+        job: what `serve` takes. folder: for its log. patience_s: longest wait for an answer.
+        check: called every second of waiting; may raise.
+
     Raises:
         MdplugError: from `ask`, if the process has died or does not answer in time.
     """
 
-    def __init__(self, job: dict[str, Any], folder: Path, patience_s: float):
-        self.what, self._patience = job["engine"], patience_s
+    def __init__(self, job: dict[str, Any], folder: Path, patience_s: float, check: Callable[[], None] = lambda: None):
+        self.what, self._patience, self._check = job["engine"], patience_s, check
         name = f"{job['engine']}-{job['dtype']}"
         self._log = folder / f"{name}.log"
         path = folder / f"{name}.job.json"
@@ -122,6 +127,7 @@ class Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mdplug.workflows.bench_peers", str(path)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
+                start_new_session=True,  # Ctrl-C is for us: a worker that dies of it would read as a failed engine
             )  # fmt: skip
         self._buffer = b""
 
@@ -136,11 +142,15 @@ class Worker:
     def _line(self) -> bytes:
         stream = self._process.stdout
         assert stream is not None
+        until = time.monotonic() + self._patience
         with selectors.DefaultSelector() as selector:
             selector.register(stream, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
-                if not selector.select(self._patience):
-                    raise MdplugError(f"{self.what} did not answer within {self._patience:g} s; see {self._log}")
+                if not selector.select(min(1.0, self._patience)):
+                    self._check()
+                    if time.monotonic() > until:
+                        raise MdplugError(f"{self.what} did not answer within {self._patience:g} s; see {self._log}")
+                    continue
                 more = os.read(stream.fileno(), 65536)
                 if not more:
                     self._process.wait()
@@ -192,7 +202,9 @@ def _weights(name: str, config: Config, folder: Path) -> tuple[Path, Path | None
     return ours, upstream
 
 
-def _measure(name: str, molecules: int, config: Config, folder: Path, progress: Progress) -> list[dict[str, Any]]:
+def _measure(
+    name: str, molecules: int, config: Config, folder: Path, progress: Progress, check: Callable[[], None]
+) -> list[dict[str, Any]]:
     """Records of one model at one size."""
     ours, upstream = _weights(name, config, folder)
     spec = read_spec(ours)
@@ -213,7 +225,7 @@ def _measure(name: str, molecules: int, config: Config, folder: Path, progress: 
     kept, checked = folder / "forces.npy", [0, total - 1]
     judge = "mace-torch" if upstream is not None and installed("mace-torch") else "mdplug-ase"
     progress(0, config.rounds, f"{name}, {len(atoms)} atoms: reference forces of {judge} in float64")
-    with Worker({**job, "engine": judge, "dtype": "float64"}, folder, config.patience_s) as worker:
+    with Worker({**job, "engine": judge, "dtype": "float64"}, folder, config.patience_s, check) as worker:
         worker.ask()
         worker.ask({"frames": checked, "keep": str(kept)})
         expected = np.load(kept)
@@ -232,12 +244,14 @@ def _measure(name: str, molecules: int, config: Config, folder: Path, progress: 
                 records[engine]["left_out"] = "has no such weights"
                 continue
             progress(0, config.rounds, f"{name}, {len(atoms)} atoms: starting {engine}")
-            worker = stack.enter_context(Worker({**job, "engine": engine}, folder, config.patience_s))
+            worker = stack.enter_context(Worker({**job, "engine": engine}, folder, config.patience_s, check))
             try:
                 versions = worker.ask()["versions"]
                 worker.ask({"frames": checked, "keep": str(kept)})
                 difference = float(np.abs(np.load(kept) - expected).max())
                 worker.ask({"frames": list(range(config.warmup)), "keep": None})
+            except Stopped:
+                raise
             except MdplugError as error:
                 records[engine]["left_out"] = str(error)
                 continue
@@ -245,6 +259,7 @@ def _measure(name: str, molecules: int, config: Config, folder: Path, progress: 
             records[engine] |= {**common, "max_dF_eV_A": difference, "versions": versions, "times": []}
         order = list(workers)
         for turn in range(config.rounds):
+            check()
             progress(turn, config.rounds, f"{name}, {len(atoms)} atoms")
             first = config.warmup + turn * config.steps
             for engine in order[turn % len(order) :] + order[: turn % len(order)]:
@@ -306,7 +321,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator[Any]:
+def _stoppable() -> Iterator[Callable[[], None]]:
+    """A function that raises once a signal has asked for an end."""
     with catch_signals() as caught:
 
         def check() -> None:
@@ -335,7 +351,7 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
             for molecules in sorted(config.molecules):
                 check()
                 if (name, 3 * molecules) not in done:
-                    known += _measure(name, molecules, config, scratch, lambda *a: (check(), progress(*a))[1])
+                    known += _measure(name, molecules, config, scratch, progress, check)
                     write_atomic(log, "".join(json.dumps(one) + "\n" for one in known))
         write_atomic(folder / "bench.md", table(known) + "\n")
         plot(known, folder / "bench.png")

@@ -1,6 +1,8 @@
 """Bench: the same atoms through every engine, in records that can be compared; no word on how fast anything is."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from mdplug.potentials.pair import LennardJones
 from mdplug.potentials.stillinger_weber import StillingerWeber
 from mdplug.system import AtomicSystem
 from mdplug.units import G_CM3_PER_AMU_A3
+from mdplug.workflows._common import Stopped
 from mdplug.workflows.bench import Config, Result, Worker, motion, run, table, water_box
 from mdplug.workflows.bench_peers import ENGINES, installed
 
@@ -123,6 +126,16 @@ def test_engine_that_dies_is_named(tmp_path):
         pytest.raises(MdplugError, match=r"within 0\.01 s"),
     ):
         worker.ask()
+
+
+def test_stops_when_asked(tmp_path):
+    """SIGTERM while an engine starts: a clean end, nothing half-written, and the same command goes on."""
+    model = mdplug.save(LennardJones.new(0.004, 1.8, 4.0), tmp_path / "lj.safetensors")
+    config = Config(models=[str(model)], molecules=[8], output=tmp_path / "out")
+    with pytest.raises(Stopped, match="stopped by SIGTERM; the same command goes on") as caught:
+        run(config, progress=lambda *what: os.kill(os.getpid(), signal.SIGTERM))
+    assert caught.value.exit_code == 75
+    assert not (config.output / "bench.jsonl").exists()
 
 
 @pytest.mark.slow
