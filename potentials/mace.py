@@ -303,7 +303,7 @@ class MACE(Potential):
         Returns:
             the copy; its `table_error` is the error reached and `table_report` says more.
         """
-        if self.tabulated or self.spec.config["radial"]["detached"]:
+        if self.tabulated or self.radial.detached:
             return self
         fast = copy.deepcopy(self).requires_grad_(False)
         for layer in fast.layers:
