@@ -8,7 +8,7 @@ from ase.calculators.morse import MorsePotential
 from ase.io import write
 
 EPSILON, SIGMA, OFFSET = 0.0104, 3.4, -5.0
-MORSE = {"epsilon": 0.5, "r0": 2.6, "rho0": 4.0}
+MORSE = {"epsilon": 0.5, "r0": 2.6, "rho0": 4.0, "rcut1": 2.5, "rcut2": 2.6}  # cut-offs in units of r0
 
 
 def argon_frames(n_frames=24, seed=0, split=True):
@@ -19,8 +19,8 @@ def argon_frames(n_frames=24, seed=0, split=True):
         n = int(rng.integers(4, 10))
         positions = []
         while len(positions) < n:
-            trial = rng.uniform(0, 8.5, 3)
-            if all(np.linalg.norm(trial - p) > 3.2 for p in positions):
+            trial = rng.uniform(0, 7.0, 3)
+            if all(np.linalg.norm(trial - p) > 3.15 for p in positions):
                 positions.append(trial)
         atoms = Atoms(f"Ar{n}", positions)
         atoms.calc = LennardJones(epsilon=EPSILON, sigma=SIGMA, rc=1e6)
@@ -38,7 +38,7 @@ def crystal_frames(n_frames=6, seed=0):
         atoms = bulk("Cu", cubic=True) * (2, 2, 2)
         atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.02 * rng.normal(size=(3, 3))), scale_atoms=True)
         atoms.positions += 0.05 * rng.normal(size=atoms.positions.shape)
-        atoms.calc = MorsePotential(**MORSE, rcut1=4.5, rcut2=5.0)
+        atoms.calc = MorsePotential(**MORSE)
         frames.append(labelled(atoms, stress=True))
     return frames
 

@@ -150,10 +150,10 @@ def _errors(
     forces: list[np.ndarray] = []
     with ThreadPoolExecutor(config.threads or 1) as pool:
         for batch, out in predictions(model, loader, pool):
-            error = ((out["energy"] - batch.energy) / batch.n_atoms).numpy(force=True)
-            has = [s.forces is not None for s in chosen[len(forces) : len(forces) + len(error)]]
-            labelled = np.isfinite([s.energy for s in chosen[len(energy) : len(energy) + len(error)]])
-            energy += np.where(labelled, error, np.nan).tolist()
+            off = ((out["energy"] - batch.energy) / batch.n_atoms).numpy(force=True)
+            has = [s.forces is not None for s in chosen[len(forces) : len(forces) + len(off)]]
+            labelled = np.isfinite([s.energy for s in chosen[len(energy) : len(energy) + len(off)]])
+            energy += np.where(labelled, off, np.nan).tolist()
             difference = (out["forces"] - batch.forces).numpy(force=True)
             for part, known_forces in zip(
                 np.split(difference, np.cumsum(batch.n_atoms.numpy())[:-1]), has, strict=True
@@ -237,9 +237,9 @@ def parity(chosen: Sequence[Labelled], energy: np.ndarray, forces: Sequence[np.n
     figure = Figure(figsize=(8.5, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    with_forces = [(s, f) for s, f in zip(chosen, forces, strict=True) if s.forces is not None]
+    with_forces = [(s.forces.numpy(), f) for s, f in zip(chosen, forces, strict=True) if s.forces is not None]
     if with_forces:
-        label = np.concatenate([s.forces.numpy().ravel() for s, _ in with_forces])
+        label = np.concatenate([known.ravel() for known, _ in with_forces])
         error = np.concatenate([f.ravel() for _, f in with_forces])
         keep = np.random.default_rng(0).permutation(len(label))[:50000]
         left.plot(label[keep], (label + error)[keep], ".", markersize=1.5, alpha=0.4, rasterized=True)

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mdplug.errors import InputError, RunFolderError
-from mdplug.potential import Potential, call, deploy
+from mdplug.potential import Model, Potential, call, deploy
 from mdplug.workflows._common import Config, write_atomic
 from mdplug.workflows.dataset import Batch, Loader
 from mdplug.workflows.loss import LossConfig, loss
@@ -248,6 +248,8 @@ class Trainer:
         except KeyboardInterrupt:
             self.save()
             raise
+        finally:
+            self._pool.shutdown()
 
     def _text(self, n_batches: int) -> str:
         state = self.state
@@ -281,7 +283,7 @@ class Trainer:
         elif fraction >= 1.0 and state.epoch < self.budget.epochs:
             state.stopped = f"{self.budget.max_minutes:g} minutes are over"
 
-    def errors(self, model: Potential, data: Loader) -> dict[str, float]:
+    def errors(self, model: Model, data: Loader) -> dict[str, float]:
         """Loss at its final weights and mean errors of a model on a data set."""
         total, n_batches = 0.0, 0
         sums = dict.fromkeys(("e1", "e2", "ne", "f1", "f2", "nf"), 0.0)
@@ -308,7 +310,7 @@ class Trainer:
 
 
 def predictions(
-    model: Potential, data: Loader, pool: ThreadPoolExecutor | None = None
+    model: Model, data: Loader, pool: ThreadPoolExecutor | None = None
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     """Each batch of a data set, in order, with what the model says."""
     deployed = deploy(model)
