@@ -14,6 +14,7 @@ from mdplug.errors import ModelFileError
 from mdplug.potentials.blocks.contraction import symmetric_basis
 from mdplug.potentials.blocks.convolution import paths
 from mdplug.potentials.blocks.radial import ACTIVATION_NORM
+from mdplug.potentials.convert.irreps import irreps
 from mdplug.potentials.convert.pickle_machine import Inert, Named
 from mdplug.potentials.convert.pickle_reader import tensors
 
@@ -315,7 +316,14 @@ class Checkpoint:
             "transform": transform,
             "apply_cutoff": bool(self._attribute("radial_embedding", "apply_cutoff", True)),
             "widths": self._last_net[0][2],
+            "detached": self._detached(functions[found[0]]),
         }
+
+    def _detached(self, basis: str) -> bool:
+        """Whether the basis carries no gradient upstream: torch's Chebyshev polynomials have none."""
+        if basis == "chebyshev":
+            self.remarks.append("Chebyshev basis: as in mace-torch, forces leave its slope out and are not -dE/dx")
+        return basis == "chebyshev"
 
     def _check_constant(self, path: str, module: Inert | None, gate: str) -> None:
         constant = None if module is None else module.attributes.get("cst")
@@ -378,17 +386,3 @@ class Checkpoint:
                 record = {"kind": "continuous", "bias": self.has(f"{base}.0.bias")}
             records.append({"name": name, "width": width, **record})
         return records
-
-
-def irreps(value: Any) -> list[tuple[int, int, int]]:
-    """(multiplicity, l, parity) of e3nn irreps as pickled: tuples of (mul, (l, p)), or text like "8x0e+8x1o"."""
-    if isinstance(value, str):
-        out = []
-        for term in value.replace(" ", "").split("+"):
-            match = re.fullmatch(r"(?:(\d+)x)?(\d+)([eo])", term)
-            if match:
-                out.append((int(match[1] or 1), int(match[2]), 1 if match[3] == "e" else -1))
-        return out
-    if isinstance(value, tuple):
-        return [(mul, *ir) for mul, ir in value]
-    return []

@@ -90,6 +90,7 @@ def convert_module(
         species,
         heads=heads,
         dtype=source.dtype,
+        conservative=not source.settings["radial"]["detached"],
         atomic_energies=energies,
         licence=licence,
         cite=CITE,

@@ -31,7 +31,15 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 # Names from these places may appear in a checkpoint of MACE; they stay inert all the same.
-_PACKAGES = ("mace", "e3nn", "cuequivariance", "cuequivariance_torch", "openequivariance", "les", "graph_longrange")
+_PACKAGES: tuple[str, ...] = (
+    "mace",
+    "e3nn",
+    "cuequivariance",
+    "cuequivariance_torch",
+    "openequivariance",
+    "les",
+    "graph_longrange",
+)
 _PACKAGES += ("opt_einsum", "opt_einsum_fx", "sympy", "fractions")
 # The functions of torch that torch.save writes calls of; they stay inert too, where `_Machine.builders` has no reader.
 _TORCH_CALLS = {"torch.device", "torch.fx.graph_module.reduce_graph_module", "torch.fx._symbolic_trace.Tracer"}

@@ -94,7 +94,6 @@ WHOLE = (
     "mh1",
     "omol",
 )  # stored with everything e3nn pickles; the others without its compiled code, to stay small
-NO_GRADIENT = ("cheb+agnesi",)  # torch's Chebyshev polynomials carry no gradient, so upstream's forces are not -dE/dx
 REFUSED = ("att", "so3", "pseudo")
 PARITY = tuple(tag for tag in VARIANTS if tag not in REFUSED)
 
@@ -242,43 +241,8 @@ def build(tag: str, seed: int | None):
     return model
 
 
-def finite_differences(atoms) -> dict[str, np.ndarray]:
-    """Forces on the first three atoms, and the stress, from energies alone (five-point formula)."""
-    step, weights = 2e-3, {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
-
-    def energy(moved) -> float:
-        moved.calc = atoms.calc
-        moved.get_potential_energy()
-        return float(np.sum(atoms.calc.results["node_energy"]))
-
-    forces = np.zeros((3, 3))
-    for atom, axis in np.ndindex(3, 3):
-        for k, weight in weights.items():
-            moved = atoms.copy()
-            moved.positions[atom, axis] += k * step
-            forces[atom, axis] -= weight * energy(moved) / step
-    out = {"forces_by_differences": forces}
-    if np.any(atoms.pbc):
-        stress = np.zeros((3, 3))
-        for i, j in np.ndindex(3, 3):
-            for k, weight in weights.items():
-                strain = np.eye(3)
-                strain[i, j] += k * step / 2
-                strain[j, i] += k * step / 2
-                moved = atoms.copy()
-                moved.set_cell(np.asarray(atoms.cell) @ strain, scale_atoms=True)
-                stress[i, j] += weight * energy(moved) / step / atoms.get_volume()
-        out["stress_by_differences"] = stress
-    return out
-
-
-def reference(model, case: dict, head: str, differences: bool = False) -> dict[str, np.ndarray]:
-    """Energy, forces, stress and per-atom interaction energy of mace-torch's ASE calculator.
-
-    Args:
-        model: upstream's. case: one of `structures()`. head: by name.
-        differences: add forces and stress from finite differences of the energy, for small structures.
-    """
+def reference(model, case: dict, head: str) -> dict[str, np.ndarray]:
+    """Energy, forces, stress and per-atom interaction energy of mace-torch's ASE calculator."""
     import ase
     from mace.calculators import MACECalculator
 
@@ -293,8 +257,6 @@ def reference(model, case: dict, head: str, differences: bool = False) -> dict[s
     }
     if np.any(case["pbc"]):
         out["stress"] = atoms.get_stress(voigt=False)
-    if differences and len(atoms) <= 12:
-        out.update(finite_differences(atoms))
     return {key: np.asarray(value) for key, value in out.items()}
 
 
@@ -308,7 +270,7 @@ def write(tag: str, folder: Path, seed: int | None) -> None:
     rows: dict[str, np.ndarray] = {"heads": np.array(model.heads)}
     cases = structures() if seed is not None else {**structures(), "golden": golden_cluster()}
     for case, structure in ({} if tag in REFUSED else cases).items():
-        for key, value in reference(model, structure, model.heads[-1], tag in NO_GRADIENT).items():
+        for key, value in reference(model, structure, model.heads[-1]).items():
             rows[f"{case}/{key}"] = value
     partial = folder / f"{tag}.partial.npz"
     np.savez_compressed(partial, **rows)
@@ -329,7 +291,7 @@ def write_skeletons(folder: Path, tags: list[str]) -> None:
             model = build(tag, None)
             cases = {} if tag in REFUSED else {**structures(), "golden": golden_cluster()}
             for case, structure in cases.items():
-                for key, value in reference(model, structure, model.heads[-1], tag in NO_GRADIENT).items():
+                for key, value in reference(model, structure, model.heads[-1]).items():
                     rows[f"{tag}/{case}/{key}"] = value
             contractions = [m for m in model.modules() if type(m).__name__ == "Contraction"]
             for module in contractions:

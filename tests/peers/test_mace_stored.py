@@ -42,7 +42,7 @@ def test_golden_numbers(tag, tmp_path):
 def test_stored_results(tag, tmp_path):
     model = model_of(tag, tmp_path)
     for name, case in {**mace_zoo.structures(), "golden": mace_zoo.golden_cluster()}.items():
-        check(model, tag, name, case, expected(tag, name))
+        check(model, name, case, expected(tag, name))
 
 
 @pytest.mark.parametrize("tag", mace_zoo.REFUSED)
