@@ -14,6 +14,7 @@ from torch import Tensor
 from mdplug.potentials.blocks.harmonics import Constants, real_3j
 
 Path = Tuple[int, int, int]
+CACHED = 2**19  # numbers per chunk of neighbour features, so that a core's cache holds them
 
 
 def paths(l_in: int, l_max: int) -> List[Path]:
@@ -144,6 +145,7 @@ class Messages(Constants):
     def __init__(self, l_in: int, l_max: int, dtype: torch.dtype):
         super().__init__()
         self.paths: List[Path] = paths(l_in, l_max)
+        self.cached = CACHED
         self.fan_in = [sum(1 for p in self.paths if p[2] == ell) for ell in range(l_max + 1)]
         self.sizes: List[int] = []  # columns of each path in the coupled harmonics
         columns = []
@@ -165,16 +167,24 @@ class Messages(Constants):
         Returns:
             (n, 2 l3 + 1, k) for each path.
         """
-        n, width, k = graph.n, graph.width, features.shape[2]
-        gathered = split_irreps(features.index_select(0, graph.senders), 1)
-        angular = torch.split(torch.mm(graph.harmonics, self.coupling), self.sizes, dim=1)
-        out: List[Tensor] = []
-        for p, (l1, _, l3) in enumerate(self.paths):
-            m1, m3 = 2 * l1 + 1, 2 * l3 + 1
-            weighted = torch.mm(radial, weight[:, p]).unsqueeze(1) * gathered[l1]
-            left = angular[p].reshape(n, width * m1, m3)
-            out.append(torch.bmm(left.transpose(1, 2), weighted.reshape(n, width * m1, k)))
-        return out
+        width, k = graph.width, features.shape[2]
+        atoms = max(graph.n, 1)
+        if not (self.training or features.is_cuda):
+            atoms = max(self.cached // (width * features.shape[1] * k), 4)
+        senders = torch.split(graph.senders, atoms * width)
+        harmonics = torch.split(graph.harmonics, atoms * width)
+        radials = torch.split(radial, atoms * width)
+        sums: List[List[Tensor]] = [[] for _ in self.paths]
+        for c in range(len(senders)):
+            gathered = split_irreps(features.index_select(0, senders[c]), 1)
+            angular = torch.split(torch.mm(harmonics[c], self.coupling), self.sizes, dim=1)
+            n = senders[c].shape[0] // width
+            for p, (l1, _, l3) in enumerate(self.paths):
+                m1, m3 = 2 * l1 + 1, 2 * l3 + 1
+                weighted = torch.mm(radials[c], weight[:, p]).unsqueeze(1) * gathered[l1]
+                left = angular[p].reshape(n, width * m1, m3)
+                sums[p].append(torch.bmm(left.transpose(1, 2), weighted.reshape(n, width * m1, k)))
+        return [torch.cat(pieces, dim=0) for pieces in sums]
 
 
 def density_trick(harmonics: Tensor, radial: Tensor, weights: List[Tensor], graph: Graph) -> Tensor:

@@ -217,3 +217,14 @@ def test_detached_basis_keeps_the_energy_and_changes_the_forces():
     torch.testing.assert_close(a.interaction_energy, b.interaction_energy)
     assert (a.forces - b.forces).abs().max() > 0.05 * a.forces.abs().max()
     assert detached.with_tables() is detached
+
+
+@pytest.mark.parametrize("name", ["residual", "nonlinear"])
+def test_chunks_change_nothing(name):
+    model = build(CONTRACT[name]).eval()
+    wanted = evaluate(model, box()).forces
+    model.chunk = 3
+    for layer in model.layers:
+        layer.messenger.messages.cached = 1
+    torch.testing.assert_close(evaluate(model, box()).forces, wanted, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(evaluate(model.train(), box()).forces, wanted, rtol=1e-11, atol=1e-11)
