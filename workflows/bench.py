@@ -32,7 +32,7 @@ from mdplug.system import AtomicSystem
 from mdplug.units import G_CM3_PER_AMU_A3
 from mdplug.workflows._common import Config as BaseConfig
 from mdplug.workflows._common import Progress, RunFolder, Stopped, catch_signals, silent, write_atomic
-from mdplug.workflows.bench_peers import ENGINES, RANDOM, installed
+from mdplug.workflows.bench_peers import ENGINES, RANDOM, Engine, installed
 
 OURS = ("mdplug-ase", "mdplug-openmm")
 
@@ -46,7 +46,7 @@ class Config(BaseConfig):
         "mdplug[mace]); else a model file, an upstream checkpoint, or the name of a shipped model",
     )
     molecules: list[int] = Field([64], description="sizes, in water molecules at 1 g/cm3")
-    engines: list[Literal["mdplug-ase", "mdplug-openmm", "mace-torch", "openmmml", "symmetrix"]] = Field(
+    engines: list[Engine] = Field(
         list(ENGINES), description="what to time; what is not installed is left out and said so"
     )
     output: Path = Field(Path("bench"), description="folder to write; the same command again continues")
@@ -223,7 +223,7 @@ def _measure(
         "atoms": len(atoms), "pairs": pairs(system, spec.cutoff).n_pairs,
     }  # fmt: skip
     kept, checked = folder / "forces.npy", [0, total - 1]
-    judge = "mace-torch" if upstream is not None and installed("mace-torch") else "mdplug-ase"
+    judge: Engine = "mace-torch" if upstream is not None and installed("mace-torch") else "mdplug-ase"
     progress(0, config.rounds, f"{name}, {len(atoms)} atoms: reference forces of {judge} in float64")
     with Worker({**job, "engine": judge, "dtype": "float64"}, folder, config.patience_s, check) as worker:
         worker.ask()
@@ -231,10 +231,10 @@ def _measure(
         expected = np.load(kept)
     common |= {"reference": f"{judge} float64", "rms_F_eV_A": float(np.sqrt((expected**2).mean()))}
 
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[Engine, dict[str, Any]] = {}
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        engine: str
+        workers: dict[Engine, Worker] = {}
+        engine: Engine
         for engine in config.engines:
             records[engine] = {"what": engine, "model": name, "atoms": len(atoms)}
             if not installed(engine):

@@ -16,22 +16,23 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
 Step = Callable[[np.ndarray], tuple[float, np.ndarray]]
 """(N, 3) positions in A -> energy in eV, (N, 3) forces in eV/A."""
 
+Engine = Literal["mdplug-ase", "mdplug-openmm", "mace-torch", "openmmml", "symmetrix"]
 # What to import and which versions to state, by engine.
-PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+PACKAGES: dict[Engine, tuple[str, tuple[str, ...]]] = {
     "mdplug-ase": ("mdplug", ("mdplug", "torch", "ase")),
     "mdplug-openmm": ("openmm", ("mdplug", "torch", "openmm")),
     "mace-torch": ("mace", ("mace-torch", "torch", "e3nn", "ase")),
     "openmmml": ("openmmml", ("openmmml", "mace-torch", "torch", "openmm")),
     "symmetrix": ("symmetrix", ("symmetrix-xl", "ase")),
 }
-ENGINES = tuple(PACKAGES)
+ENGINES: tuple[Engine, ...] = tuple(PACKAGES)
 # Random-weight models: irreps between layers, cutoff in A, mean number of neighbours.
 RANDOM: dict[str, tuple[str, float, float]] = {
     "l0": ("96x0e", 4.5, 40.0),
@@ -39,7 +40,7 @@ RANDOM: dict[str, tuple[str, float, float]] = {
 }
 
 
-def installed(engine: str) -> bool:
+def installed(engine: Engine) -> bool:
     """Whether the engine's package is here; mace-torch is behind openmmml's MACE, too."""
     wanted = [PACKAGES[engine][0], *(["mace"] if engine in ("openmmml", "symmetrix") else [])]
     return all(importlib.util.find_spec(name) is not None for name in wanted)
@@ -189,7 +190,7 @@ def peak_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _versions(engine: str) -> dict[str, str]:
+def _versions(engine: Engine) -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES[engine][1]}
 
 
