@@ -63,6 +63,7 @@ class Checkpoint:
         where: file name, for messages.
         tensors: every parameter and buffer by its dotted name.
         settings: options of `mdplug.potentials.mace` that rebuild it.
+        layers: class names of the interactions.
         species: atomic numbers in the file's order. heads: names. cutoff: A.
         dtype: of the weights, "float32" or "float64".
         remarks: what was odd about the file.
@@ -83,6 +84,7 @@ class Checkpoint:
             raise self.wrong(f"holds weights in {self.dtype}; save it in float32 or float64")
         self.channels = self._ratio(embedding.numel(), len(self.species), "node_embedding.linear.weight")
         self.n_layers = len(self._module("interactions").children("_modules"))
+        self.layers = [block.short_name for block in self._module("interactions").children("_modules").values()]
         self.l_max = 0
         self.heads: tuple[str, ...] = ()
         self.settings = self._infer()

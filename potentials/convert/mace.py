@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdplug.errors import InputError, ModelFileError
+from mdplug.errors import InputError, MdplugError, ModelFileError
 from mdplug.potentials.blocks.contraction import symmetric_basis
 from mdplug.potentials.blocks.convolution import paths
 from mdplug.potentials.blocks.radial import ACTIVATION_NORM
@@ -65,11 +65,16 @@ def convert_module(
         root: the module. where: its name, for messages and the Spec. licence: of the weights.
         origin: further entries of the Spec's provenance.
     """
-    source = Checkpoint(root, where)
-    rows = _chosen_elements(source, elements)
-    columns = _chosen_heads(source, head)
-    weights = _Weights(source, rows, columns)
-    state = weights.state()
+    try:
+        source = Checkpoint(root, where)
+        rows, columns = _chosen_elements(source, elements), _chosen_heads(source, head)
+        weights = _Weights(source, rows, columns)
+        state = weights.state()
+    except MdplugError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        detail = " ".join(str(error).split())
+        raise ModelFileError(f"{where}: is damaged ({detail}); download or copy it again") from error
     species = tuple(source.species[row] for row in rows)
     heads = tuple(source.heads[column] for column in columns)
     energies = weights.reference_energies(species, heads)
@@ -77,7 +82,7 @@ def convert_module(
     provenance = {
         **(origin or {}),
         "source_class": root.class_name,
-        "source_layers": [block.short_name for block in _blocks(root)],
+        "source_layers": source.layers,
         "source_heads": list(source.heads),
         "source_elements": list(source.species),
         "converted": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -107,11 +112,6 @@ def convert_module(
     if len(heads) == 1:
         model.head = 0
     return model
-
-
-def _blocks(root: Inert) -> list[Inert]:
-    interactions = root.module("interactions")
-    return list(interactions.children("_modules").values()) if interactions else []
 
 
 def _chosen_heads(source: Checkpoint, head: str | None) -> list[int]:

@@ -317,6 +317,9 @@ def test_missing_and_misshapen_tensors_are_refused(stored):
         root = stored("mp0")
         root.module("interactions.0").state["hidden_irreps"] = text
         refused(root, "hidden_irreps are not as many of each degree")
+    root = stored("mp0")
+    root.module("interactions.0").state["hidden_irreps"] = (root, 3)
+    refused(root, "is damaged")
     root = stored("omol")
     root.state["embedding_specs"]["temperature"] = dict(root.state["embedding_specs"]["total_spin"])
     refused(root, "temperature")
