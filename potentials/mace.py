@@ -113,6 +113,9 @@ class MACE(Potential):
     has_repulsion: Final[bool]
     reads_state: Final[bool]
     last_only: Final[bool]
+    species_of: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, spec: Spec):
         super().__init__(spec)
@@ -214,7 +217,7 @@ class MACE(Potential):
         config = {"neighbours": [statistics["mean_neighbours"]] * n_layers, **spec.config}
         derived = describe(spec.name, config, spec.cutoff, spec.species)
         fields = ("config", "layers", "exchange_width", "outputs")
-        model = cls.from_spec(dataclasses.replace(spec, **{name: getattr(derived, name) for name in fields}))
+        model = cls(dataclasses.replace(spec, **{name: getattr(derived, name) for name in fields}))
         model.initialise(generator)
         model.scale.fill_(statistics["rms_force"])
         model.shift.fill_(statistics["mean_interaction_energy"])
@@ -271,11 +274,11 @@ class MACE(Potential):
         scalars: List[Tensor] = []
         for t, (layer, readout) in enumerate(zip(self.layers, self.readouts)):  # noqa: B905
             if t == 0:  # no exchange: ghosts know their own species
-                sent = layer.send(start.unsqueeze(0)).transpose(0, 1)
-                table = layer.send(table.unsqueeze(0)).squeeze(0)
+                sent = layer.send(start.unsqueeze(0)).transpose(0, 1)  # type: ignore[operator]
+                table = layer.send(table.unsqueeze(0)).squeeze(0)  # type: ignore[operator]
                 own = sent[graph.order].transpose(0, 1)
             else:
-                own = layer.send(features)
+                own = layer.send(features)  # type: ignore[operator]
                 sent = own.transpose(0, 1)[graph.place]
                 if numbers.shape[0] > n_owned:
                     ghosts = sent.new_zeros(numbers.shape[0] - n_owned, sent.shape[1], sent.shape[2])
@@ -306,16 +309,17 @@ class MACE(Potential):
         if self.tabulated or self.radial.detached:
             return self
         fast = copy.deepcopy(self).requires_grad_(False)
-        for layer in fast.layers:
+        layers: Any = fast.layers
+        for layer in layers:
             layer.product.fold()
         fast.tabulated = True
-        weights = [layer.messenger.radial_weight for layer in self.layers]
+        weights = [layer.messenger.radial_weight for layer in layers]
         tables = tabulate(self.radial, weights, self.cutoff, self.embedding.shape[0], tolerance)
         if tables is None:
             fast.table_report = {"radial": "exact: too many pairs of elements for tables"}
             return fast
         fast.radial = tables.radial
-        for layer, weight in zip(fast.layers, tables.weights, strict=True):
+        for layer, weight in zip(layers, tables.weights, strict=True):
             layer.messenger.radial_weight = nn.Parameter(weight, requires_grad=False)
             layer.messenger.n_radial = weight.shape[0]
         fast.table_error = tables.slope_error
@@ -344,7 +348,8 @@ class MACE(Potential):
         out: Dict[str, Any] = {"embedding": 1.0 / math.sqrt(self.embedding.shape[0])}
         if self.reads_state:
             out["state_readout.weight"] = 1.0 / math.sqrt(self.embedding.shape[1])
-        for name, modules in (("layers", self.layers), ("readouts", self.readouts), ("radial.nets", self.radial.nets)):
+        parts: Any = {"layers": self.layers, "readouts": self.readouts, "radial.nets": self.radial.nets}
+        for name, modules in parts.items():
             for t, module in enumerate(modules):
                 out.update({f"{name}.{t}.{key}": value for key, value in module.scales().items()})
         return out
@@ -361,11 +366,14 @@ class MACE(Potential):
                 parameter = self.get_parameter(name)
                 factor = torch.as_tensor(scale, dtype=parameter.dtype, device=parameter.device)
                 parameter.data.normal_(0.0, 1.0, generator=generator).mul_(factor)
-        for net in self.radial.nets:
+        nets: Any = self.radial.nets
+        for net in nets:
             net.initialise(generator)
         if self.has_state:
-            self.state.initialise(generator)
-        for layer in self.layers:
+            state: Any = self.state
+            state.initialise(generator)
+        layers: Any = self.layers
+        for layer in layers:
             for output in layer.product.outputs:
                 for power in output.powers:
                     power.weight.data.normal_(0.0, 1.0 / max(power.weight.shape[1], 1), generator=generator)

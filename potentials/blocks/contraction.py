@@ -131,6 +131,8 @@ def _without(term: Sequence[int], q: int) -> Tuple[int, ...]:
 class Power(Constants):
     """One degree of one output: its weights (S or 1, P, K)."""
 
+    basis: Tensor
+
     def __init__(self, basis: np.ndarray, n_species: int, channels: int, dtype: torch.dtype):
         super().__init__()
         self.add_constant("basis", basis, dtype)
@@ -163,9 +165,13 @@ class SymmetricContraction(nn.Module):
         n_species: rows of the weights (1 where the product does not look at the element).
     """
 
+    prefixes: Tensor
+    places: Tensor
+    dense: Tensor
+
     def __init__(self, l_max: int, l_out: int, degree: int, n_species: int, channels: int, dtype: torch.dtype):
         super().__init__()
-        self.agnostic = n_species == 1
+        self.agnostic, self.n_species, self.channels = n_species == 1, n_species, channels
         self.n_components = (l_out + 1) ** 2
         self.outputs = nn.ModuleList(
             [Output(l_max, ell, degree, n_species, channels, dtype) for ell in range(l_out + 1)]
@@ -180,7 +186,7 @@ class SymmetricContraction(nn.Module):
 
     def fold(self) -> None:
         """Keep the coefficients of all species, where they are small (inference)."""
-        size = self.outputs[0].powers[0].weight[:, 0].numel() * self.n_components * self.n_prefixes * self.n_factors
+        size = self.n_species * self.channels * self.n_components * self.n_prefixes * self.n_factors
         if not self.folded and size <= FOLD_BELOW:
             with torch.no_grad():
                 self.dense = self.coefficients(None)

@@ -30,7 +30,7 @@ class Constants(nn.Module):
         self._exact[name] = np.asarray(value, dtype=np.float64)
         self.register_buffer(name, torch.from_numpy(self._exact[name]).to(dtype), persistent=False)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         for name, exact in self._exact.items():
             held = getattr(self, name)
@@ -100,6 +100,9 @@ class SphericalHarmonics(Constants):
 
     starts: List[int]
     sizes: List[int]
+    left: Tensor
+    right: Tensor
+    table: Tensor
 
     def __init__(self, l_max: int, dtype: torch.dtype):
         super().__init__()

@@ -6,7 +6,7 @@ each class). Source: Batatia et al. (arXiv 2206.07697, 2401.00096) and the publi
 """
 
 import math
-from typing import Dict, Final, List
+from typing import Any, Dict, Final, List
 
 import torch
 from torch import Tensor, nn
@@ -274,5 +274,6 @@ class Layer(nn.Module):
             "mix": 1.0 / math.sqrt(channels),
             "skip": 1.0 / math.sqrt(channels * n_species),
         }
-        out.update({f"messenger.{key}": value for key, value in self.messenger.scales().items()})
+        messenger: Any = self.messenger
+        out.update({f"messenger.{key}": value for key, value in messenger.scales().items()})
         return out

@@ -55,6 +55,9 @@ def polynomial_cutoff(r: Tensor, cutoff: Tensor, p: int) -> Tensor:
 class Bessel(nn.Module):
     """sqrt(2/c) sin(n pi x/c)/x, n = 1..count."""
 
+    frequencies: Tensor
+    prefactor: Tensor
+
     def __init__(self, count: int, cutoff: float, dtype: torch.dtype):
         super().__init__()
         order = torch.arange(1, count + 1, dtype=torch.float64)
@@ -68,6 +71,9 @@ class Bessel(nn.Module):
 
 class Gaussian(nn.Module):
     """Gaussians of one width on a grid from 0 to the cutoff."""
+
+    centres: Tensor
+    width: Tensor
 
     def __init__(self, count: int, cutoff: float, dtype: torch.dtype):
         super().__init__()
@@ -124,6 +130,11 @@ class NoTransform(nn.Module):
 class Agnesi(nn.Module):
     """Dimensionless distance, 1 at contact and 0 far away, by covalent radii (S,) in A."""
 
+    a: Tensor
+    q: Tensor
+    p: Tensor
+    radii: Tensor
+
     def __init__(self, radii: Sequence[float], dtype: torch.dtype):
         super().__init__()
         for name, value in (("a", 1.0805), ("q", 0.9183), ("p", 4.5791)):
@@ -140,6 +151,9 @@ class Agnesi(nn.Module):
 
 class Soft(nn.Module):
     """Distance in A, held constant below contact, by covalent radii (S,) in A."""
+
+    alpha: Tensor
+    radii: Tensor
 
     def __init__(self, radii: Sequence[float], dtype: torch.dtype):
         super().__init__()
@@ -212,9 +226,9 @@ class PlainNet(nn.Module):
     def scales(self) -> Dict[str, float]:
         """Factor between a weight of unit variance and the weight stored here."""
         out: Dict[str, float] = {}
-        for k, dense in enumerate(self.hidden):
+        for k in range(len(self.hidden)):
             carried = 1.0 if k == 0 else ACTIVATION_NORM["silu"]
-            out[f"hidden.{k}.weight"] = carried / math.sqrt(dense.weight.shape[0])
+            out[f"hidden.{k}.weight"] = carried / math.sqrt(len(self.get_parameter(f"hidden.{k}.weight")))
         if self.has_density:
             out["density"] = 1.0 / math.sqrt(self.density.shape[0])
         return out
@@ -299,6 +313,7 @@ class Radial(nn.Module):
     apply_cutoff: Final[bool]
     detached: Final[bool]
     p: Final[int]
+    cutoff: Tensor
 
     def __init__(
         self,
@@ -344,6 +359,13 @@ class Repulsion(Constants):
     """
 
     p: Final[int]
+    coefficients: Tensor
+    exponent: Tensor
+    prefactor: Tensor
+    radii: Tensor
+    charges: Tensor
+    decay: Tensor
+    rounded: Tensor
 
     def __init__(self, numbers: Sequence[int], radii: Sequence[float], p: int, dtype: torch.dtype):
         super().__init__()

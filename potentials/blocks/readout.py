@@ -164,7 +164,8 @@ class StateEmbedding(nn.Module):
                 if name == "table":
                     parameter.data.normal_(0.0, 1.0, generator=generator)
                 else:
-                    bound = 1.0 / math.sqrt(part.get_submodule(name.split(".")[0]).in_features)
+                    linear: Any = part.get_submodule(name.split(".")[0])
+                    bound = 1.0 / math.sqrt(linear.in_features)
                     parameter.data.uniform_(-bound, bound, generator=generator)
         bound = 1.0 / math.sqrt(self.project.shape[0])
         self.project.data.uniform_(-bound, bound, generator=generator)

@@ -46,6 +46,9 @@ class SplineRadial(nn.Module):
         step: A. n_intervals: per kind. sizes: columns of each layer.
     """
 
+    coefficients: Tensor
+    kind_of: Tensor
+
     def __init__(
         self, coefficients: Tensor, kind_of: Tensor, first: float, step: float, n_intervals: int, sizes: List[int]
     ):
@@ -183,7 +186,7 @@ def _errors(
     reduced: List[Tensor],
 ) -> Tuple[float, float]:
     """Relative rms errors of value and slope of the functions that reach the messages; the worst layer."""
-    got, got_slopes = _sample(spline, r, pairs, [len(w) for w in weights])  # type: ignore[arg-type]
+    got, got_slopes = _sample(spline, r, pairs, [len(w) for w in weights])
     errors: Dict[str, List[float]] = {"value": [], "slope": []}
     for t, weight in enumerate(weights):
         b, rank = weight.shape[0], reduced[t].shape[0]
