@@ -125,6 +125,13 @@ def test_last_good_and_offending_frame_are_saved(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["bad.xyz"]
 
 
+def test_a_frame_that_cannot_be_saved_does_not_hide_the_error(tmp_path):
+    run = simulation("huge forces", bad_frame=tmp_path / "no folder" / "bad.xyz", max_force_eV_A=50.0)
+    with pytest.raises(SimulationError, match="limit 50") as caught:
+        run.step(10)
+    assert "could not be saved" in caught.value.__notes__[0]
+
+
 def test_minimisation_too():
     run = simulation(BoomError("x"))
     plug_of(run).potential.calls = 2

@@ -153,8 +153,11 @@ class Plug:
             check_positions(positions, box, self.numbers, when)
             result = self._evaluate(positions, box, forces)
             check_result(result["energy"], result["forces"], self.numbers, self.options["max_force_eV_A"], when)
-        except Exception:
-            self._save(positions, box)
+        except Exception as error:
+            try:
+                self._save(positions, box)
+            except OSError as reason:  # a full or read-only disk must not hide what went wrong
+                error.add_note(f"the offending frame could not be saved: {reason}")
             raise
         with self._lock:
             self._memo.append((positions, box, result))

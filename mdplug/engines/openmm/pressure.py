@@ -25,6 +25,8 @@ def pressure_tensor_bar(context: openmm.Context, *, molecular: bool = False) -> 
     """
     system = context.getSystem()
     plug = plug_of(system)
+    if len(plug.numbers) != system.getNumParticles():
+        raise InputError("the pressure tensor needs a force on all atoms; this one acts on some")
     for force in system.getForces():
         ours = force.getName() == MOLECULES or force.getName().endswith(plug.token)
         if not ours and not isinstance(force, _NO_ENERGY):
