@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     if not debug:
-        warnings.showwarning = _warn  # type: ignore[assignment]
+        warnings.showwarning = _warn
     try:
         _app(words)(words, prog_name="mdplug")
     except MdplugError as error:

@@ -79,7 +79,8 @@ def read_config(kind: type[C], file: Path | None, given: Mapping[str, Any]) -> C
 
 
 def _explain(error: ValidationError, kind: type[BaseModel], file: Path | None) -> str:
-    first = error.errors()[0]
+    # An unknown option comes first: it is often the missing one, misspelt.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     where = f"config {file}: " if file else ""
     if first["type"] == "extra_forbidden":

@@ -90,20 +90,31 @@ def _cuda() -> str:
     return torch.cuda.get_device_name(0)
 
 
+_PLATFORM = """
+import sys, openmm
+platform = openmm.Platform.getPlatformByName(sys.argv[1])
+system = openmm.System()
+system.addParticle(1.0)
+context = openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
+context.setPositions([(0.0, 0.0, 0.0)])
+context.getIntegrator().step(1)
+"""
+
+
 def _platforms() -> str:
     import openmm
 
     found = []
     for k in range(openmm.Platform.getNumPlatforms()):
-        platform = openmm.Platform.getPlatform(k)
-        system = openmm.System()
-        system.addParticle(1.0)
-        try:
-            integrator = openmm.VerletIntegrator(0.001)
-            openmm.Context(system, integrator, platform).setPositions(np.zeros((1, 3)))
-            found.append(platform.getName())
-        except openmm.OpenMMException as error:
-            found.append(f"{platform.getName()} (fails: {' '.join(str(error).split())[:60]})")
+        name = openmm.Platform.getPlatform(k).getName()
+        # A driver that is not right may end the process, so each platform is tried in one of its own.
+        done = subprocess.run(
+            [sys.executable, "-c", _PLATFORM, name], capture_output=True, text=True, timeout=120, check=False
+        )
+        why = (done.stderr.strip() or "no message").splitlines()[-1][:80]
+        found.append(name if done.returncode == 0 else f"{name} (fails: {why})")
+    if "Reference" not in found:
+        raise RuntimeError(", ".join(found))
     return f"{openmm.__version__}: {', '.join(found)}"
 
 
@@ -162,7 +173,7 @@ def _imports(module: str, extra: str, use: str) -> Callable[[], str]:
     def check() -> str:
         from importlib import import_module, metadata, util
 
-        if util.find_spec(module) is None:
+        if util.find_spec(module.partition(".")[0]) is None:
             raise Absent(f"not installed; for {use}: pip install 'mdplug[{extra}]'")
         import_module(module)
         names = metadata.packages_distributions().get(module.partition(".")[0], [module])

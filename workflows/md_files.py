@@ -281,7 +281,7 @@ def _text(name: str, value: float) -> str:
 def read_log(path: Path) -> dict[str, np.ndarray]:
     """Columns of a log.csv."""
     table = np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
-    return {name: np.atleast_1d(table[name]) for name in table.dtype.names}
+    return {name: np.atleast_1d(table[name]) for name in table.dtype.names or ()}
 
 
 def plot_log(path: Path, table: dict[str, np.ndarray], title: str) -> None:
@@ -315,7 +315,8 @@ def plot_log(path: Path, table: dict[str, np.ndarray], title: str) -> None:
 def write_checkpoint(path: Path, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
     """State of the engine and sizes of the files in one file, atomically."""
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, record=np.frombuffer(json.dumps(record).encode(), dtype=np.uint8), **arrays)
+        everything: dict[str, Any] = {**arrays, "record": np.frombuffer(json.dumps(record).encode(), dtype=np.uint8)}
+        np.savez(file, **everything)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -199,7 +202,8 @@ def relax(
     if config.symmetry:
         if not periodic:
             raise InputError("symmetry needs a structure that is periodic in three directions; leave it out")
-        work.set_constraint(FixSymmetry(work, symprec=config.symmetry_precision_A))
+        with _quiet_spglib():
+            work.set_constraint(FixSymmetry(work, symprec=config.symmetry_precision_A))
     target: Any = FrechetCellFilter(work, scalar_pressure=config.pressure_GPa * GPA) if config.cell else work
     optimiser = (LBFGS if config.optimiser == "lbfgs" else FIRE)(target, logfile=os.devnull)
     volume = first.get_volume() if periodic else 1.0
@@ -253,5 +257,14 @@ def space_group(atoms: Atoms, precision_A: float) -> str:
     from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
     structure = AseAtomsAdaptor.get_structure(atoms)
-    analyzer = SpacegroupAnalyzer(structure, symprec=precision_A)
-    return f"{analyzer.get_space_group_symbol()} ({analyzer.get_space_group_number()})"
+    with _quiet_spglib():
+        analyzer = SpacegroupAnalyzer(structure, symprec=precision_A)
+        return f"{analyzer.get_space_group_symbol()} ({analyzer.get_space_group_number()})"
+
+
+@contextlib.contextmanager
+def _quiet_spglib() -> Iterator[None]:
+    """spglib warns at every call that its way to report errors will change; its callers know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*OLD_ERROR_HANDLING", category=DeprecationWarning)
+        yield
