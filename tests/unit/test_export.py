@@ -138,7 +138,7 @@ def test_subset_of_particles():
 
 def test_charge_spin_and_head_are_baked_in(tmp_path):
     config = {
-        "channels": 4, "l_max": 2, "correlation": [2, 2],
+        "channels": 4, "l_max": 1, "correlation": [2, 2],
         "embedding": [
             {"name": "total_charge", "kind": "categorical", "classes": 5, "offset": 2, "width": 4},
             {"name": "total_spin", "kind": "categorical", "classes": 4, "offset": 0, "width": 4},
