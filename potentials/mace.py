@@ -103,6 +103,37 @@ def describe(name: str, config: Dict[str, Any], cutoff: float, species: Tuple[in
     )
 
 
+def _make_layer(config: Dict[str, Any], t: int, n_species: int, dtype: torch.dtype) -> Tuple[nn.Module, nn.Module]:
+    """Radial net and layer number t."""
+    kind, channels, l_max, radial = config["kinds"][t], config["channels"], config["l_max"], config["radial"]
+    first, last = t == 0, t == len(config["kinds"]) - 1
+    keeps = not last or (config["keep_last"] and not first)
+    l_in, l_out = 0 if first else config["l_hidden"], config["l_hidden"] if keeps else 0
+    edge_l = 0 if first else config["edge_l"]
+    k = channels if first and not config["edge_first"] else config["edge_channels"]
+    if kind == "NL":  # its element tables have a column per scalar input of the layer
+        net: Any = SpeciesNet(radial["n_basis"], n_species, channels, radial["widths"], dtype)
+        messenger: nn.Module = GatedMessenger(edge_l, l_max, channels, k, net.n_features, dtype)
+    else:
+        net = PlainNet(radial["n_basis"], radial["widths"], "D" in kind, dtype)
+        by_species = first and not config["embedding"]  # else sender features depend on the structure's charge, too
+        neighbours = float(config["neighbours"][t])
+        messenger = Messenger(
+            kind, edge_l, l_max, channels, k, n_species, net.n_features, by_species, neighbours, dtype
+        )
+    degree, agnostic = config["correlation"][t], config["agnostic"]
+    layer = Layer(messenger, kind, l_in, l_out, edge_l, l_max, degree, channels, k, n_species, agnostic, dtype)
+    return net, layer
+
+
+def _make_readout(config: Dict[str, Any], t: int, n_heads: int, dtype: torch.dtype) -> nn.Module:
+    """Readout of layer t: a hidden layer after the last of several, a linear map elsewhere."""
+    readout, channels, n_layers = config["readout"], config["channels"], len(config["kinds"])
+    if t == n_layers - 1 and n_layers > 1:
+        return GatedReadout(channels, readout["hidden"], n_heads, readout["gate"], readout["bias"], dtype)
+    return NoReadout() if readout["last_only"] else LinearReadout(channels, n_heads, dtype)
+
+
 class MACE(Potential):
     """A MACE energy model; build it with `from_spec(describe(...))`, then load weights or `initialise` it.
 
@@ -112,7 +143,6 @@ class MACE(Potential):
     has_state: Final[bool]
     has_repulsion: Final[bool]
     reads_state: Final[bool]
-    last_only: Final[bool]
     species_of: Tensor
     scale: Tensor
     shift: Tensor
@@ -130,12 +160,12 @@ class MACE(Potential):
         config = complete_config(spec.config)
         dtype = getattr(torch, spec.dtype)
         n_species, n_heads, n_layers = len(spec.species), len(spec.heads), len(config["kinds"])
-        channels, l_max = config["channels"], config["l_max"]
+        channels = config["channels"]
         radii = [float(covalent_radii[z]) for z in spec.species]
         table = torch.full((max(spec.species) + 1,), -1, dtype=torch.int64)
         table[torch.tensor(spec.species)] = torch.arange(n_species)
         self.register_buffer("species_of", table, persistent=False)
-        self.harmonics = SphericalHarmonics(l_max, dtype)
+        self.harmonics = SphericalHarmonics(config["l_max"], dtype)
         self.embedding = nn.Parameter(torch.zeros(n_species, channels, dtype=dtype))
         self.has_state, self.reads_state = bool(config["embedding"]), bool(config["embedding_readout"])
         self.state = StateEmbedding(config["embedding"], channels, dtype) if self.has_state else nn.Identity()
@@ -146,64 +176,11 @@ class MACE(Potential):
         nets: List[nn.Module] = []
         layers: List[nn.Module] = []
         readouts: List[nn.Module] = []
-        widths, n_basis = config["radial"]["widths"], config["radial"]["n_basis"]
-        self.last_only = bool(config["readout"]["last_only"])
-        for t, kind in enumerate(config["kinds"]):
-            last = t == n_layers - 1
-            l_in = 0 if t == 0 else config["l_hidden"]
-            l_out = 0 if (last and not (config["keep_last"] and n_layers > 1)) else config["l_hidden"]
-            edge_l = 0 if t == 0 else config["edge_l"]
-            k = config["edge_channels"] if (t > 0 or config["edge_first"]) else channels
-            if kind == "NL":
-                # Upstream's tables have as many columns as the layer has scalar inputs.
-                nets.append(SpeciesNet(n_basis, n_species, channels, widths, dtype))
-                messenger: nn.Module = GatedMessenger(edge_l, l_max, channels, k, nets[-1].n_features, dtype)
-            else:
-                nets.append(PlainNet(n_basis, widths, "D" in kind, dtype))
-                by_species = t == 0 and not self.has_state
-                messenger = Messenger(
-                    kind,
-                    edge_l,
-                    l_max,
-                    channels,
-                    k,
-                    n_species,
-                    nets[-1].n_features,
-                    by_species,
-                    float(config["neighbours"][t]),
-                    dtype,
-                )
-            layers.append(
-                Layer(
-                    messenger,
-                    kind,
-                    l_in,
-                    l_out,
-                    edge_l,
-                    l_max,
-                    config["correlation"][t],
-                    channels,
-                    k,
-                    n_species,
-                    config["agnostic"],
-                    dtype,
-                )
-            )
-            if last and n_layers > 1:
-                readouts.append(
-                    GatedReadout(
-                        channels,
-                        config["readout"]["hidden"],
-                        n_heads,
-                        config["readout"]["gate"],
-                        config["readout"]["bias"],
-                        dtype,
-                    )
-                )
-            elif not self.last_only:
-                readouts.append(LinearReadout(channels, n_heads, dtype))
-            else:
-                readouts.append(NoReadout())
+        for t in range(n_layers):
+            net, layer = _make_layer(config, t, n_species, dtype)
+            nets.append(net)
+            layers.append(layer)
+            readouts.append(_make_readout(config, t, n_heads, dtype))
         self.radial = Radial(config["radial"], spec.cutoff, radii, nets, dtype)
         self.layers = nn.ModuleList(layers)
         self.readouts = nn.ModuleList(readouts)
