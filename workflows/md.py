@@ -6,6 +6,7 @@ final.extxyz and summary.yaml.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,6 @@ class Engine(Protocol):
     @property
     def step(self) -> int: ...
     def prepare(self) -> None: ...
-    def arm(self) -> None: ...
     def advance(self, steps: int) -> None: ...
     def frame(self) -> Frame: ...
     def phase(self) -> tuple[np.ndarray, np.ndarray]: ...
@@ -170,10 +170,30 @@ class _Run:
         self.bonds = bonds_of(atoms)
         self.atoms, self.rotation = _turned(made_whole(atoms, self.bonds))
         self.potential = config.load_model()
-        self.engine = self._engine()
         self.checkpoint = folder / "checkpoint.npz"
         self.continued = self.checkpoint.exists()
+        self.start = self.atoms
+        if config.minimise and not self.continued:
+            self.start = self._minimised()
+        self.engine = self._engine()
         self.exact = True
+
+    def _minimised(self) -> Atoms:
+        """The start relaxed by steps of at most 0.2 A, which no hard contact in a packed box can throw far."""
+        from ase.optimize import LBFGS
+
+        from mdplug.engines.ase import Calculator
+
+        config, atoms = self.config, self.atoms.copy()
+        atoms.calc = Calculator(self.potential)
+        optimiser = LBFGS(atoms, maxstep=0.2, logfile=os.devnull)
+        for _ in optimiser.irun(fmax=config.minimise_fmax_eV_A, steps=config.minimise_steps):
+            largest = float(np.linalg.norm(atoms.get_forces(), axis=1).max())
+            self.progress(0, self.schedule.total, f"minimising, step {optimiser.nsteps}, fmax {largest:.2f} eV/A")
+            if self.caught.number is not None:
+                raise Stopped(self.caught.number, f"stopped by {self.caught.name} while minimising; start again")
+        atoms.calc = None
+        return atoms
 
     def _engine(self) -> Engine:
         bad = self.folder / "stopped.extxyz"
@@ -182,11 +202,11 @@ class _Run:
 
             if self.config.format != "extxyz" and self.atoms.pbc.any() and not self.atoms.pbc.all():
                 raise InputError("xtc and dcd know no cell that is periodic in part; use format extxyz")
-            return AseEngine(self.config, self.atoms, self.potential, bad)
+            return AseEngine(self.config, self.start, self.potential, bad)
         from mdplug.workflows.md_openmm import OpenMMEngine
 
         return OpenMMEngine(
-            self.config, self.atoms, self._topology(), self.bonds, self.potential, bad, self.schedule.checkpoint
+            self.config, self.start, self._topology(), self.bonds, self.potential, bad, self.schedule.checkpoint
         )
 
     def _topology(self) -> Any:
@@ -208,7 +228,6 @@ class _Run:
         try:
             if not self.continued:
                 self._begin()
-            self.engine.arm()
             speed = self._go()
             return self._finish(speed)
         finally:
@@ -216,7 +235,6 @@ class _Run:
             self.log.close()
 
     def _begin(self) -> None:
-        self.progress(0, self.schedule.total, "minimising" if self.config.minimise else "starting")
         if not (self.atoms.pbc.any() and not self.atoms.pbc.all()):
             self._write_topology()
         self.engine.prepare()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import units
 from ase.md.verlet import VelocityVerlet
-from ase.optimize import LBFGS
 
 from mdplug.engines.ase import Calculator
 from mdplug.errors import InputError, SimulationError
@@ -49,17 +47,15 @@ class AseEngine:
             )
         self.masses = self.atoms.get_masses()
         self.step = 0
-        self.limit = np.inf
+        self.limit = config.max_force_eV_A
         nve = config.ensemble == "nve"
         self.freedom = 3 * len(atoms) - (3 if nve and len(atoms) > 1 else 0)
         self._random = np.random.default_rng((config.seed, 1))
         self._dynamics: Any = None
 
     def prepare(self) -> None:
-        """Minimise where asked for; draw velocities."""
+        """Velocities drawn."""
         config = self.config
-        if config.minimise:
-            LBFGS(self.atoms, logfile=os.devnull).run(fmax=config.minimise_fmax_eV_A, steps=config.minimise_steps)
         drawn = np.random.default_rng((config.seed, 0)).normal(size=(len(self.atoms), 3))
         velocities = np.sqrt(units.kB * config.temperature_K / self.masses)[:, None] * drawn
         if len(self.atoms) > 1:
@@ -90,10 +86,6 @@ class AseEngine:
             rng=self._random,
             **options,
         )
-
-    def arm(self) -> None:
-        """From now on the force limit of the run holds."""
-        self.limit = self.config.max_force_eV_A
 
     def advance(self, steps: int) -> None:
         """Go on by so many steps, each checked.

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from mdplug.workflows.md import Config
 
-MINIMISE_FORCE_EV_A = 1e5  # a packed box may start with very large forces
 _LENGTH, _VELOCITY, _ENERGY = unit.nanometer, unit.nanometer / unit.picosecond, unit.kilojoule_per_mole
 
 
@@ -60,7 +59,7 @@ class OpenMMEngine:
             remove_cm=remove_cm,
             charge=atoms.info["charge"],
             spin=atoms.info["spin"],
-            max_force_eV_A=MINIMISE_FORCE_EV_A,
+            max_force_eV_A=config.max_force_eV_A,
             bad_frame=bad_frame,
         )
         if nve:
@@ -91,22 +90,12 @@ class OpenMMEngine:
         return int(self.context.getStepCount())
 
     def prepare(self) -> None:
-        """Positions from the input, minimised where asked for; velocities drawn."""
-        self.plug.options["max_force_eV_A"] = MINIMISE_FORCE_EV_A  # a living force may be that of an earlier run
+        """Positions set, velocities drawn."""
         self.context.setPositions(self.atoms.positions / NM)
-        if self.config.minimise:
-            self.simulation.minimizeEnergy(
-                tolerance=self.config.minimise_fmax_eV_A * KJ_MOL_PER_EV * NM,
-                maxIterations=self.config.minimise_steps,
-            )
         self.context.setVelocitiesToTemperature(self.config.temperature_K, self.config.seed)
         if len(self.atoms) > 1:
             velocities = self._state().getVelocities(asNumpy=True).value_in_unit(_VELOCITY)
             self.context.setVelocities(velocities - self.masses @ velocities / self.masses.sum())
-
-    def arm(self) -> None:
-        """From now on the force limit of the run holds."""
-        self.plug.options["max_force_eV_A"] = self.config.max_force_eV_A
 
     def advance(self, steps: int) -> None:
         """Go on by so many steps."""
