@@ -55,6 +55,7 @@ def save(potential: Potential, path: str | Path) -> Path:
     """
     from safetensors.torch import save as to_bytes
 
+    potential = potential.with_exact_radial()  # tables are made at load
     tensors = {key: value.detach().cpu().contiguous() for key, value in potential.state_dict().items()}
     if not tensors:  # safetensors needs one
         tensors = {"_empty": torch.zeros(1)}
