@@ -120,6 +120,18 @@ def test_single_precision_file(tmp_path):
     assert 0 < float((p.forces - exact.forces).abs().max()) < 1e-3 * scale
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_shipped_potential(dtype, tmp_path):
+    atoms = liquid([3, 8, 1], min_distance=1.8)
+    system = AtomicSystem.from_ase(atoms)
+    reference = evaluate(mdplug.load("electrolyte", dtype=dtype), system)
+    path = export("electrolyte", tmp_path / "electrolyte.pt", dtype=dtype)
+    p = evaluate(mdplug.load(path), system)
+    scale = (1e-10 if dtype == "float64" else 1e-5) * max(1.0, float(reference.forces.abs().max()))
+    torch.testing.assert_close(p.forces, reference.forces, atol=scale, rtol=0)
+    torch.testing.assert_close(p.energy, reference.energy, atol=scale * len(atoms), rtol=0)
+
+
 def test_subset_of_particles():
     """Atoms among others, in another order; the rest feels nothing."""
     potential = mace()
