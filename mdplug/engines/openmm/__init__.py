@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdplug.engines.openmm.guard import errors_of as errors_of
+    from mdplug.engines.openmm.errors import errors_of as errors_of
     from mdplug.engines.openmm.plug import Plug as Plug
     from mdplug.engines.openmm.plug import force as force
     from mdplug.engines.openmm.plug import plug_of as plug_of
@@ -20,7 +20,7 @@ _WHERE = {
     "Simulation": "system",
     "check_ensemble": "system",
     "create_system": "system",
-    "errors_of": "guard",
+    "errors_of": "errors",
     "force": "plug",
     "plug_of": "plug",
     "plugs_of": "plug",

@@ -1,16 +1,12 @@
-"""What stops a run: numbers that left the physical world, and the model's own exceptions brought back whole.
+"""What stops a run: numbers that left the physical world.
 
-OpenMM keeps only the text of an exception raised in a callback (class, traceback and Ctrl-C are lost), turns NaN forces
-into silent ones on GPU platforms, and reads a wrongly shaped energy as -1. So everything is checked and kept here.
+OpenMM turns NaN forces into silent ones on GPU platforms and reads a wrongly shaped energy as -1, so everything is checked
+here, and the offending frame is kept.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from openmm import OpenMMException
 
 from mdplug.errors import SimulationError
 
@@ -84,29 +80,3 @@ def write_frames(path: str | Path, frames: list[Frame]) -> None:
     temporary = target.with_name(target.name + ".part")
     write(temporary, images, format="extxyz")
     temporary.replace(target)
-
-
-@contextmanager
-def errors_of(*things: Any) -> Iterator[None]:
-    """Let the original exception through instead of OpenMM's copy of its text.
-
-    Args:
-        things: the forces, systems, contexts or simulations whose mdplug forces may fail inside the block.
-
-    Raises:
-        BaseException: what was raised inside the force: SimulationError, the model's own, KeyboardInterrupt.
-    """
-    from mdplug.engines.openmm.plug import plugs_of
-
-    plugs = [plug for thing in things for plug in plugs_of(thing)]
-    for plug in plugs:
-        plug.error = None
-    try:
-        yield
-    except (OpenMMException, SystemError) as error:
-        for plug in plugs:
-            original = plug.error
-            if original is not None:
-                plug.error = None
-                raise original from error
-        raise

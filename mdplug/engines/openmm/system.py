@@ -7,7 +7,7 @@ from typing import Any
 import openmm
 from openmm import app, unit
 
-from mdplug.engines.openmm.guard import errors_of
+from mdplug.engines.openmm.errors import errors_of
 from mdplug.engines.openmm.plug import force, plugs_of
 from mdplug.engines.openmm.topology import molecules_force
 from mdplug.errors import InputError
