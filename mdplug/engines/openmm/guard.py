@@ -1,7 +1,7 @@
 """What stops a run: numbers that left the physical world.
 
-OpenMM turns NaN forces into silent ones on GPU platforms and reads a wrongly shaped energy as -1, so everything is checked
-here, and the offending frame is kept.
+OpenMM turns NaN forces into silent ones on GPU platforms and reads a wrongly shaped energy as -1, so everything is
+checked here, and the offending frame is kept.
 """
 
 from pathlib import Path
