@@ -266,9 +266,7 @@ def _contacts(task: Contacts, start: Start, calculator: CalculatorFactory) -> It
             for _ in range(2)
         )
         # Elements first, then an atom of it: rare elements meet as often as hydrogens.
-        i, j = (
-            int(rng.choice(np.flatnonzero(m.numbers == rng.choice(np.unique(m.numbers))))) for m in (first, second)
-        )
+        i, j = (int(rng.choice(np.flatnonzero(m.numbers == rng.choice(np.unique(m.numbers))))) for m in (first, second))
         yield "contact", clusters.close_contact(first, second, i, j, rng.uniform(*task.distances_A), rng)
 
 
