@@ -6,7 +6,6 @@ final.extxyz and summary.yaml.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from mdplug.workflows.md_files import (
     to_atoms,
     write_checkpoint,
 )
+from mdplug.workflows.md_start import minimised, turned
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -168,32 +168,18 @@ class _Run:
         self.config, self.folder, self.caught, self.progress = config, folder, caught, progress
         self.schedule = _Schedule.of(config)
         self.bonds = bonds_of(atoms)
-        self.atoms, self.rotation = _turned(made_whole(atoms, self.bonds))
+        self.atoms, self.rotation = turned(made_whole(atoms, self.bonds))
         self.potential = config.load_model()
         self.checkpoint = folder / "checkpoint.npz"
         self.continued = self.checkpoint.exists()
         self.start = self.atoms
         if config.minimise and not self.continued:
-            self.start = self._minimised()
+            self.start = minimised(self.atoms, self.potential, config, self.caught, self._minimising)
         self.engine = self._engine()
         self.exact = True
 
-    def _minimised(self) -> Atoms:
-        """The start relaxed by steps of at most 0.2 A, which no hard contact in a packed box can throw far."""
-        from ase.optimize import LBFGS
-
-        from mdplug.engines.ase import Calculator
-
-        config, atoms = self.config, self.atoms.copy()
-        atoms.calc = Calculator(self.potential)
-        optimiser = LBFGS(atoms, maxstep=0.2, logfile=os.devnull)
-        for _ in optimiser.irun(fmax=config.minimise_fmax_eV_A, steps=config.minimise_steps):
-            largest = float(np.linalg.norm(atoms.get_forces(), axis=1).max())
-            self.progress(0, self.schedule.total, f"minimising, step {optimiser.nsteps}, fmax {largest:.2f} eV/A")
-            if self.caught.number is not None:
-                raise Stopped(self.caught.number, f"stopped by {self.caught.name} while minimising; start again")
-        atoms.calc = None
-        return atoms
+    def _minimising(self, steps: int, fmax: float) -> None:
+        self.progress(0, self.schedule.total, f"minimising, step {steps}, fmax {fmax:.2f} eV/A")
 
     def _engine(self) -> Engine:
         bad = self.folder / "stopped.extxyz"
@@ -391,16 +377,3 @@ class _Run:
             files=["topology.pdb", result.trajectory.name, "log.csv", "log.png", "checkpoint.npz", "final.extxyz"],
         )
         return result
-
-
-def _turned(atoms: Atoms) -> tuple[Atoms, np.ndarray]:
-    """The atoms in OpenMM's orientation of the box, which XTC and PDB need too, and the rotation."""
-    if not atoms.pbc.all():
-        return atoms, np.eye(3)
-    from mdplug.engines.openmm.topology import reduced_box
-
-    box, rotation = reduced_box(atoms.cell.array)
-    out = atoms.copy()
-    out.set_cell(box)
-    out.set_positions(atoms.positions @ rotation)
-    return out, rotation

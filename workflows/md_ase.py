@@ -61,6 +61,7 @@ class AseEngine:
         if len(self.atoms) > 1:
             velocities -= self.masses @ velocities / self.masses.sum()
         self.atoms.set_velocities(velocities)
+        self._check_forces()
         self._start()
 
     def _start(self) -> None:
@@ -96,15 +97,17 @@ class AseEngine:
         for _ in range(steps):
             self._dynamics.step()
             self.step += 1
-            size = np.sqrt((self.atoms.get_forces() ** 2).sum(axis=1))
-            if not size.max() <= self.limit:  # NaN fails too
-                worst = int(np.argmax(np.where(np.isfinite(size), size, np.inf)))
-                self.bad_frame.write_text(extxyz_text(self.atoms))
-                raise SimulationError(
-                    f"step {self.step}: force of {size[worst]:.3g} eV/A, limit {self.limit:g}, on atom {worst} "
-                    f"({self.atoms.symbols[worst]}); relax the structure first, shorten the time step, or use another "
-                    "model"
-                )
+            self._check_forces()
+
+    def _check_forces(self) -> None:
+        size = np.sqrt((self.atoms.get_forces() ** 2).sum(axis=1))
+        if not size.max() <= self.limit:  # NaN fails too
+            worst = int(np.argmax(np.where(np.isfinite(size), size, np.inf)))
+            self.bad_frame.write_text(extxyz_text(self.atoms))
+            raise SimulationError(
+                f"step {self.step}: force of {size[worst]:.3g} eV/A, limit {self.limit:g}, on atom {worst} "
+                f"({self.atoms.symbols[worst]}); relax the structure first, shorten the time step, or use another model"
+            )
 
     def frame(self) -> Frame:
         """Where the run is."""

@@ -92,7 +92,8 @@ class OpenMMEngine:
     def prepare(self) -> None:
         """Positions set, velocities drawn."""
         self.context.setPositions(self.atoms.positions / NM)
-        self.context.setVelocitiesToTemperature(self.config.temperature_K, self.config.seed)
+        with errors_of(self.system):  # OpenMM asks for forces here
+            self.context.setVelocitiesToTemperature(self.config.temperature_K, self.config.seed)
         if len(self.atoms) > 1:
             velocities = self._state().getVelocities(asNumpy=True).value_in_unit(_VELOCITY)
             self.context.setVelocities(velocities - self.masses @ velocities / self.masses.sum())

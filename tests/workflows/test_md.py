@@ -293,11 +293,14 @@ def test_heavier_hydrogens_need_openmm(config):
 @pytest.mark.parametrize("engine", ["openmm", "ase"])
 def test_a_force_over_the_limit_stops_the_run_and_names_atoms(config, engine):
     with pytest.raises(SimulationError, match=r"eV/A, limit 0.05, on atom \d+ \(Ar\).*last good frame") as error:
-        md.run(config(engine=engine, max_force_eV_A=0.05, temperature_K=300, time_ps=1.0))
+        md.run(config(engine=engine, max_force_eV_A=0.05, minimise_fmax_eV_A=0.01, temperature_K=300, time_ps=1.0))
     assert "\n" not in str(error.value)
     last = read(config().output / "last_good.extxyz")
     assert np.isfinite(last.positions).all()
     assert len(last) == 32
+    # A start that is over the limit already is refused at once; there is no good frame to keep.
+    with pytest.raises(SimulationError, match=r"step 0: force of .* relax the structure first"):
+        md.run(config("hard", engine=engine, max_force_eV_A=0.001, minimise=False))
 
 
 @pytest.mark.parametrize("engine", ["openmm", "ase"])
