@@ -88,6 +88,20 @@ class Result:
     outliers: list[Outlier]
     notes: list[str]
 
+    def __str__(self) -> str:
+        """The table and the worst structures, for people."""
+        lines = [f"{'':28}structures   atoms  energy MAE, RMSE meV/atom  forces MAE, RMSE meV/A"]
+        for row in self.table:
+            energy = f"{row.energy_mae_meV_atom:12.2f} {row.energy_rmse_meV_atom:12.2f}"
+            forces = f"{row.forces_mae_meV_A:11.1f} {row.forces_rmse_meV_A:11.1f}"
+            lines.append(f"{row.group:28}{row.n_structures:10d}{row.n_atoms:8d}{energy}{forces}")
+        for o in self.outliers:
+            lines.append(
+                f"{o.file} frame {o.frame} ({o.kind}): force on atom {o.atom} ({o.element}) off by "
+                f"{o.force_error_meV_A:.0f} meV/A, energy by {o.energy_error_meV_atom:.1f} meV/atom"
+            )
+        return "\n".join([*lines, *self.notes])
+
     def __getitem__(self, group: str) -> Row:
         return next(row for row in self.table if row.group == group)
 

@@ -101,6 +101,15 @@ class Result:
     stopped: str
     notes: list[str]
 
+    def __str__(self) -> str:
+        """What was reached, for people."""
+        e = self.errors
+        text = f"{self.model}: epoch {self.best_epoch}, on {self.n_valid} validation structures "
+        if not self.n_valid:
+            text = f"{self.model}: epoch {self.best_epoch}, on the training structures "
+        text += f"energy MAE {e['energy_mae_meV_atom']:.2f} meV/atom, forces MAE {e['forces_mae_meV_A']:.1f} meV/A"
+        return text + (f"; stopped: {self.stopped}" if self.stopped else "")
+
 
 def run(config: Config, *, progress: Progress = silent) -> Result:
     """Train, or continue training.

@@ -35,6 +35,7 @@ def test_exact_potential_has_no_error_and_a_wrong_label_is_named(tmp_path, model
     assert (worst.file, worst.frame, worst.atom, worst.element) == ("labels.xyz", 7, 2, "Ar")
     assert worst.force_error_meV_A == pytest.approx(500.0, rel=1e-5)
     assert result.outliers[1].force_error_meV_A < 0.01
+    assert "labels.xyz frame 7" in str(result)
     n = sum(len(a) for a in frames)
     everything = result["all"]
     assert (everything.n_structures, everything.n_atoms) == (12, n)
