@@ -85,7 +85,8 @@ class Result:
     Attributes:
         folder: run folder. steps: done in all. time_ps: the same in ps.
         ns_per_day: speed of this call; NaN where nothing was left to do.
-        log: columns of log.csv. trajectory: its file. frames: in it.
+        temperature_K, density_g_cm3: means of the second half of the log; `mdplug analyze` gives errors.
+        log: columns of log.csv. picture: the same drawn. trajectory: its file. frames: in it.
         bonds_broken: bonds of the topology that are stretched beyond 1.6 times their length at the start, at the end.
         continued: this call went on from a checkpoint.
     """
@@ -94,7 +95,10 @@ class Result:
     steps: int
     time_ps: float
     ns_per_day: float
+    temperature_K: float
+    density_g_cm3: float
     log: dict[str, np.ndarray]
+    picture: Path
     trajectory: Path
     frames: int
     bonds_broken: int
@@ -349,21 +353,22 @@ class _Run:
         title = f"{config.structure.name}: {conditions} with {self.potential.spec.name}"
         plot_log(folder / "log.png", table, title)
         broken = broken_bonds(frame.positions, frame.box, self.bonds, bond_lengths(self.atoms, self.bonds))
+        half = len(table["step"]) // 2
+        means = {name: float(column[half:].mean()) for name, column in table.items() if name not in ("step", "time_ps")}
         result = Result(
             folder=folder.path,
             steps=step,
             time_ps=step * config.timestep_fs / PS,
             ns_per_day=speed,
+            temperature_K=means["temperature_K"],
+            density_g_cm3=means["density_g_cm3"],
             log=table,
+            picture=folder / "log.png",
             trajectory=folder / f"trajectory.{config.format}",
             frames=self.trajectory.frames,
             bonds_broken=len(broken),
             continued=self.continued,
         )
-        half = len(table["step"]) // 2
-        means = {
-            name: float(np.mean(column[half:])) for name, column in table.items() if name not in ("step", "time_ps")
-        }
         folder.summary(
             steps=step,
             time_ps=result.time_ps,

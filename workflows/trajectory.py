@@ -202,14 +202,11 @@ def first_shell(g: np.ndarray) -> tuple[int, int]:
     begin = int(above[0])
     end = begin + int(np.argmax(smooth[begin:] < 1.0)) if (smooth[begin:] < 1.0).any() else len(g)
     peak = begin + int(g[begin : max(end, begin + 1)].argmax())
-    behind = smooth[end:]
-    rise = np.flatnonzero(behind >= 1.0)
-    last = end + (int(rise[0]) if len(rise) else len(behind))
-    if last <= end:
-        return peak, min(end, len(g) - 1)
-    trough = smooth[end:last]
-    lowest = np.flatnonzero(trough <= trough.min() + 1e-12)  # an empty gap: its middle
-    return peak, end + int(lowest[len(lowest) // 2])
+    # The lowest point within four bins on either side ends the shell: counting noise makes no minimum of its own.
+    for k in range(end, len(g)):
+        if smooth[k] <= smooth[max(begin, k - 4) : k + 5].min():
+            return peak, k
+    return peak, len(g) - 1
 
 
 def _vertex(r: np.ndarray, g: np.ndarray, k: int) -> float:

@@ -258,6 +258,7 @@ def test_molecules_stay_whole_and_broken_bonds_are_counted(config, tmp_path):
     assert trajectory.topology.n_bonds == 8
     length = np.linalg.norm(trajectory.xyz[:, 1::2] - trajectory.xyz[:, ::2], axis=2) * 10
     assert 0.9 < length.min() < length.max() < 1.4  # never cut by the box
+    assert bonds_of(read(result.folder / "final.extxyz")) == bonds_of(atoms)  # it can be the start of another run
     # The control: a bond too weak for the temperature breaks, and is counted.
     weak = mdplug.save(Morse.new(0.02, 2.7, 1.1, cutoff=4.0, switch=3.0), tmp_path / "weak.safetensors")
     result = md.run(config("weak", **{**options, "model": str(weak), "temperature_K": 1500, "time_ps": 0.15}))
