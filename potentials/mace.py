@@ -181,7 +181,7 @@ class MACE(Potential):
             nets.append(net)
             layers.append(layer)
             readouts.append(_make_readout(config, t, n_heads, dtype))
-        self.radial = Radial(config["radial"], spec.cutoff, radii, nets, dtype)
+        self.radial: Any = Radial(config["radial"], spec.cutoff, radii, nets, dtype)
         self.layers = nn.ModuleList(layers)
         self.readouts = nn.ModuleList(readouts)
         self.register_buffer("scale", torch.ones(n_heads, dtype=dtype))

@@ -142,6 +142,8 @@ class Messages(Constants):
         l_in: highest degree of the senders' features. l_max: of the harmonics and of the messages.
     """
 
+    coupling: Tensor
+
     def __init__(self, l_in: int, l_max: int, dtype: torch.dtype):
         super().__init__()
         self.paths: List[Path] = paths(l_in, l_max)

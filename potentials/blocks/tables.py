@@ -72,7 +72,7 @@ class SplineRadial(nn.Module):
 
 
 def _sample(
-    radial: Radial, r: Tensor, pairs: List[Tuple[int, int]], n_features: List[int]
+    radial: Radial | SplineRadial, r: Tensor, pairs: List[Tuple[int, int]], n_features: List[int]
 ) -> Tuple[List[Tensor], List[Tensor]]:
     """Per layer, columns and their slopes, (kinds, points, C), in float64."""
     values: List[List[Tensor]] = [[] for _ in n_features]
