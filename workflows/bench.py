@@ -213,7 +213,8 @@ def _measure(
     check_species(system.numbers, spec)
     total = config.warmup + config.rounds * config.steps
     write(folder / "box.extxyz", atoms)
-    np.save(folder / "frames.npy", motion(atoms, total, config.seed))
+    # The last two are for the forces alone: an engine may remember what it has seen.
+    np.save(folder / "frames.npy", motion(atoms, total + 2, config.seed))
     job = {
         "structure": str(folder / "box.extxyz"), "frames": str(folder / "frames.npy"), "model": str(ours),
         "upstream": str(upstream), "device": config.device, "dtype": config.dtype, "threads": config.threads,
@@ -222,7 +223,7 @@ def _measure(
         "model": name, "device": config.device, "dtype": config.dtype, "threads": config.threads,
         "atoms": len(atoms), "pairs": pairs(system, spec.cutoff).n_pairs,
     }  # fmt: skip
-    kept, checked = folder / "forces.npy", [0, total - 1]
+    kept, checked = folder / "forces.npy", [total, total + 1]
     judge: Engine = "mace-torch" if upstream is not None and installed("mace-torch") else "mdplug-ase"
     progress(0, config.rounds, f"{name}, {len(atoms)} atoms: reference forces of {judge} in float64")
     with Worker({**job, "engine": judge, "dtype": "float64"}, folder, config.patience_s, check) as worker:
