@@ -1,7 +1,14 @@
-"""Shared by all tests: GPU tests skip where there is no CUDA device."""
+"""Shared by all tests: GPU tests skip where there is no CUDA device; Ctrl-C is a Ctrl-C."""
+
+import signal
 
 import pytest
 import torch
+
+
+def pytest_configure():
+    # A shell's background job starts with SIGINT ignored; the tests of Ctrl-C send one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
