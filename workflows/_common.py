@@ -26,7 +26,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import mdplug
 from mdplug.errors import InputError, MdplugError, RunFolderError
-from mdplug.workflows._structures import read_structures as read_structures
 
 if TYPE_CHECKING:
     from ase import Atoms

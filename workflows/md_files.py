@@ -128,8 +128,8 @@ class AppendFile:
 class Trajectory:
     """Frames as XTC, DCD or extxyz, each appended whole.
 
-    mdtraj encodes one frame at a time in memory's stead, a temporary file, so that a full disk shows here and a cut
-    never falls inside a frame.
+    mdtraj encodes each frame into a temporary file, whose bytes are appended here: so a full disk is noticed, and the
+    file can be cut between frames.
     """
 
     DCD_FRAMES = 8  # offset of the number of frames in the header

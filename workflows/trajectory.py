@@ -198,7 +198,7 @@ def first_shell(g: np.ndarray) -> tuple[int, int]:
     above = np.flatnonzero(smooth > max(1.0, 0.3 * smooth.max()))
     if not len(above):
         return int(g.argmax()), len(g) - 1
-    # The first shell ends where g first falls below one, or below a fifth of its peak, after having been above.
+    # The first peak ends where g falls below one.
     begin = int(above[0])
     end = begin + int(np.argmax(smooth[begin:] < 1.0)) if (smooth[begin:] < 1.0).any() else len(g)
     peak = begin + int(g[begin : max(end, begin + 1)].argmax())
