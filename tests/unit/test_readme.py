@@ -1,4 +1,4 @@
-"""README's commands are commands: every line parses, and its files' names chain."""
+"""The commands of README and of the pages under data/ are commands: every one parses."""
 
 import re
 import shlex
@@ -9,7 +9,9 @@ import typer
 
 from mdplug.cli import COMMANDS, _app
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [(ROOT / "data" / name).read_text() for name in ("electrolyte.md", "bench/README.md")]
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.S)
 LINES = [
     part.strip()
@@ -18,6 +20,10 @@ LINES = [
     for part in line.split("&&")
     if re.match(r"\s*(\S*/)?mdplug ", part)
 ]
+
+# On the other pages: in backticks (over line ends, too), or a line of a code block.
+LINES += [" ".join(found.split()) for page in PAGES for found in re.findall(r"(?<!`)`(mdplug [^`]+)`(?!`)", page)]
+LINES += [line for page in PAGES for line in page.splitlines() if line.startswith("mdplug ")]
 
 
 @pytest.mark.parametrize("line", LINES)
