@@ -262,8 +262,3 @@ def filled_cell(cell: Tensor) -> Tensor:
         for row, k in zip(vh[3 - len(missing) :], missing, strict=True):
             filled[s, k] = row
     return filled
-
-
-def heights(cell: Tensor) -> Tensor:
-    """(S, 3) distances between opposite faces of (S, 3, 3) cells, A (zero rows filled)."""
-    return 1.0 / torch.linalg.vector_norm(torch.linalg.inv(filled_cell(cell)), dim=1)

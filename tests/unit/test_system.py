@@ -7,7 +7,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from mdplug.errors import InputError, MdplugError
-from mdplug.system import AtomicSystem, batch, heights
+from mdplug.system import AtomicSystem, batch
 
 BAD = {
     "zero atoms": (lambda: AtomicSystem.from_ase(Atoms()), "at least one atom"),
@@ -74,9 +74,3 @@ def test_openmm_topology():
     topology.addAtom("X", None, residue)
     with pytest.raises(InputError, match="atom 1"):
         AtomicSystem.from_openmm(topology, np.zeros((2, 3)))
-
-
-def test_heights():
-    cell = torch.tensor([[[4.0, 0, 0], [4.0, 3.0, 0], [0, 0, 0]]], dtype=torch.float64)
-    assert heights(cell)[0, 1] == pytest.approx(3.0)
-    assert heights(cell)[0, 0] == pytest.approx(4.0 * 3.0 / 5.0)
