@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from mdplug.errors import InputError
 from mdplug.potential import Potential
-from mdplug.potentials.blocks.adjoint_layer import Atoms, Gradients, Graph, KernelLayer, LayerRadial, add_per_irrep
-from mdplug.potentials.blocks.adjoint_layer import per_irrep
+from mdplug.potentials.blocks.adjoint_layer import (
+    Atoms,
+    Gradients,
+    Graph,
+    KernelLayer,
+    LayerRadial,
+    add_per_irrep,
+    per_irrep,
+)
 from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
 from mdplug.potentials.mace import MACE
 
@@ -129,9 +136,7 @@ class KernelMACE(Potential):
     ) -> Dict[str, Tensor]:
         mace = self.definition
         atoms = self._sorted(numbers, n_owned)
-        vec, r, receiver, sender, first, origin = ops.graph(
-            pairs, vectors, atoms.place, n_owned, float(mace.cutoff)
-        )
+        vec, r, receiver, sender, first, origin = ops.graph(pairs, vectors, atoms.place, n_owned, float(mace.cutoff))
         table, l_max = mace.harmonics.table, mace.harmonics.l_max
         harmonics = ops.harmonics(vec, r, self.left, self.right, table, l_max)
         tables = self._tables_for(atoms.present) if self.tabulated else None

@@ -14,9 +14,10 @@ from scipy.spatial.transform import Rotation
 
 import mdplug
 from mdplug import potential as core
+from mdplug.deployed import Deployed, call, evaluate
 from mdplug.exchange import set_exchange
 from mdplug.pairs import Pairs, pairs
-from mdplug.potential import Deployed, Potential, call, evaluate
+from mdplug.potential import Potential
 from mdplug.system import AtomicSystem, batch
 
 

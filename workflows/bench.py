@@ -24,9 +24,9 @@ from scipy.spatial.transform import Rotation
 
 import mdplug
 from mdplug.artifact import read_spec
+from mdplug.deployed import check_species
 from mdplug.errors import InputError, MdplugError, ModelFileError, require
 from mdplug.pairs import pairs
-from mdplug.potential import check_species
 from mdplug.registry import resolve
 from mdplug.system import AtomicSystem
 from mdplug.units import G_CM3_PER_AMU_A3

@@ -335,7 +335,14 @@ class KernelLayer(nn.Module):
             gradients.columns[self.t][first:last] = d_radial
 
     def _convolve_backward(
-        self, parts: List[Tensor], sent: Tensor, radial: LayerRadial, graph: Graph, begin: int, end: int, gradients: Gradients
+        self,
+        parts: List[Tensor],
+        sent: Tensor,
+        radial: LayerRadial,
+        graph: Graph,
+        begin: int,
+        end: int,
+        gradients: Gradients,
     ) -> Tensor:
         """Cotangent of `sent` from receivers begin..end, whose messages have the cotangents `parts`."""
         tabulated = radial.table.numel() > 0

@@ -59,7 +59,7 @@ class Tables(NamedTuple):
 def block_channels(k: int, l_in: int, dtype: torch.dtype) -> int:
     """Channels that a kernel treats at a time: two lines of cache where features are scalars and fill them."""
     lanes = LANES[dtype]
-    return 2 * lanes if l_in == 0 and k % (2 * lanes) == 0 else lanes
+    return 2 * lanes if k % (2 * lanes) == 0 else lanes
 
 
 def depends_on_species(radial: Any) -> bool:

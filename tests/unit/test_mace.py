@@ -7,9 +7,9 @@ import pytest
 import torch
 from contract import check, check_derivatives, liquid
 
+from mdplug.deployed import Deployed, evaluate
 from mdplug.errors import InputError
 from mdplug.pairs import pairs
-from mdplug.potential import Deployed, evaluate
 from mdplug.potentials.mace import MACE, complete_config, describe
 from mdplug.system import AtomicSystem
 
