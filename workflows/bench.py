@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import selectors
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
@@ -32,9 +29,15 @@ from mdplug.system import AtomicSystem
 from mdplug.units import G_CM3_PER_AMU_A3
 from mdplug.workflows._common import Config as BaseConfig
 from mdplug.workflows._common import Progress, RunFolder, Stopped, catch_signals, silent, write_atomic
-from mdplug.workflows.bench_peers import ENGINES, RANDOM, Engine, installed
+from mdplug.workflows.bench_limit import limit_of
+from mdplug.workflows.bench_models import RANDOM, describe
+from mdplug.workflows.bench_peers import ENGINES, Engine, missing
+from mdplug.workflows.bench_report import OURS, Records, memory, plot, report
+from mdplug.workflows.bench_worker import Worker
 
-OURS = ("mdplug-ase", "mdplug-openmm")
+
+def _most_of_memory() -> float:
+    return round(0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
 
 
 class Config(BaseConfig):
@@ -42,8 +45,8 @@ class Config(BaseConfig):
 
     models: list[str] = Field(
         ["l0", "l1"],
-        description="l0: MACE with 96 channels, L=0, 4.5 A; l1: 128 channels, L=1, 5 A (random weights, need "
-        "mdplug[mace]); else a model file, an upstream checkpoint, or the name of a shipped model",
+        description=f"MACE with random weights (needs mdplug[mace]; {describe()}), or a model file, an upstream "
+        "checkpoint, the name of a shipped model",
     )
     molecules: list[int] = Field([64], description="sizes, in water molecules at 1 g/cm3")
     engines: list[Engine] = Field(
@@ -55,6 +58,14 @@ class Config(BaseConfig):
     threads: int = Field(1, ge=1, description="CPU threads of every engine")
     rounds: int = Field(5, ge=1, description="how often the engines take turns")
     steps: int = Field(10, ge=1, description="steps of one turn")
+    turn_s: float = Field(
+        10.0, gt=0, description="a turn ends early after so long; an engine whose one step would take longer, by what "
+        "it took at the size before, is left out",
+    )  # fmt: skip
+    memory_GiB: float = Field(
+        default_factory=_most_of_memory, gt=0, description="an engine that needs more, or would by what it needed at "
+        "the size before, is left out; default: 60 % of this machine's",
+    )  # fmt: skip
     warmup: int = Field(5, ge=1, description="steps before the first turn, not counted")
     seed: int = Field(0, description="of weights, orientations and motion")
     patience_s: float = Field(3600.0, gt=0, description="longest wait for one answer (Symmetrix-XL compiles)")
@@ -66,8 +77,11 @@ class Result:
 
     Attributes:
         records: one per engine, model and size: "what", "model", "device", "dtype", "threads", "atoms", "pairs",
-            "ms_per_step" (median), "min_ms", "max_ms", "peak_MiB", "max_dF_eV_A" against "reference", "rms_F_eV_A",
-            "versions"; or "what", "model", "atoms" and "left_out" with the reason.
+            "ms_per_step" (median), "min_ms", "max_ms", "us_per_atom", "steps", "time_to_first_force_s" (from the start
+            of the process), "start_MiB" (before the first forces), "peak_MiB", "max_dF_eV_A" against "reference",
+            "rms_F_eV_A", "fraction_of_limit" (time of the fewest operations known at the machine's rate of multiplying
+            matrices, over the time), "versions"; or "what", "model", "atoms" and "left_out" with the reason. Per model
+            and size one more, "what": "roofline" with "gflops", "copy_GB_s" and, where counted, "mflop_per_atom".
         folder: holds bench.jsonl, bench.md, bench.png and summary.yaml.
     """
 
@@ -75,7 +89,7 @@ class Result:
     folder: Path
 
     def __str__(self) -> str:
-        return "\n".join([*(json.dumps(one) for one in self.records), "", table(self.records)])
+        return "\n".join([*(json.dumps(one) for one in self.records), "", report(self.records)])
 
 
 def water_box(molecules: int, seed: int = 0) -> Atoms:
@@ -101,77 +115,7 @@ def motion(atoms: Atoms, frames: int, seed: int = 0) -> np.ndarray:
     return atoms.positions + sway + rng.normal(0, 0.01, (frames, len(atoms), 3))
 
 
-class Worker:
-    """One engine in its own process (see bench_peers.py).
-
-    Args:
-        job: what `serve` takes. folder: for its log. patience_s: longest wait for an answer.
-        check: called every second of waiting; may raise.
-
-    Raises:
-        MdplugError: from `ask`, if the process has died or does not answer in time.
-    """
-
-    def __init__(self, job: dict[str, Any], folder: Path, patience_s: float, check: Callable[[], None] = lambda: None):
-        self.what, self._patience, self._check = job["engine"], patience_s, check
-        name = f"{job['engine']}-{job['dtype']}"
-        self._log = folder / f"{name}.log"
-        path = folder / f"{name}.job.json"
-        write_atomic(path, json.dumps(job))
-        threads = str(job["threads"])
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENMM_CPU_THREADS": threads,
-        }  # fmt: skip
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "mdplug.workflows.bench_peers", str(path)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
-                start_new_session=True,  # Ctrl-C is for us: a worker that dies of it would read as a failed engine
-            )  # fmt: skip
-        self._buffer = b""
-
-    def ask(self, request: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Send a request (None: only wait for the first word) and wait for the answer."""
-        assert self._process.stdin is not None
-        if request is not None:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        return json.loads(self._line())
-
-    def _line(self) -> bytes:
-        stream = self._process.stdout
-        assert stream is not None
-        until = time.monotonic() + self._patience
-        with selectors.DefaultSelector() as selector:
-            selector.register(stream, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                if not selector.select(min(1.0, self._patience)):
-                    self._check()
-                    if time.monotonic() > until:
-                        raise MdplugError(f"{self.what} did not answer within {self._patience:g} s; see {self._log}")
-                    continue
-                more = os.read(stream.fileno(), 65536)
-                if not more:
-                    self._process.wait()
-                    said = self._log.read_text(errors="replace").strip().splitlines() or ["no message"]
-                    raise MdplugError(f"{self.what} stopped: {said[-1].strip()}; see {self._log}")
-                self._buffer += more
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return line
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            stream.close()
-
-
-def _weights(name: str, config: Config, folder: Path) -> tuple[Path, Path | None]:
+def _weights(name: str, config: Config, folder: Path, check: Callable[[], None]) -> tuple[Path, Path | None]:
     """(our model file, upstream checkpoint with the same weights or None)."""
     if name in RANDOM:
         require("mace", extra="mace")
@@ -179,12 +123,12 @@ def _weights(name: str, config: Config, folder: Path) -> tuple[Path, Path | None
         if not upstream.exists():
             frame, part = folder / f"{name}.extxyz", folder / f"{name}.part"
             write(frame, water_box(64, config.seed))
-            job = {"build": name, "seed": config.seed, "structure": str(frame), "upstream": str(part)}
-            write_atomic(folder / f"{name}.build.json", json.dumps(job))
-            command = [sys.executable, "-m", "mdplug.workflows.bench_peers", str(folder / f"{name}.build.json")]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise MdplugError(f"mace-torch could not build {name}: {done.stderr.strip().splitlines()[-1]}")
+            job = {
+                "engine": "build", "model": name, "seed": config.seed, "structure": str(frame), "upstream": str(part),
+                "dtype": "float64", "threads": config.threads, "memory_MiB": 1024 * config.memory_GiB,
+            }  # fmt: skip
+            with Worker(job, folder, config.patience_s, check) as worker:
+                worker.ask()
             part.replace(upstream)
     elif (path := resolve(name)) and zipfile.is_zipfile(path):
         try:
@@ -202,11 +146,34 @@ def _weights(name: str, config: Config, folder: Path) -> tuple[Path, Path | None
     return ours, upstream
 
 
+def too_much(engine: str, model: str, atoms: int, known: Records, config: Config, factor: float = 1.0) -> str:
+    """Why an engine is not tried at a size, judged by what it did at the next smaller one; empty if it is.
+
+    Args:
+        known: records so far. factor: how much more time and memory than in those is expected (2: float64).
+    """
+    smaller = [r for r in known if (r["what"], r["model"]) == (engine, model) and r["atoms"] < atoms]
+    if not smaller:
+        return ""
+    last = max(smaller, key=lambda r: r["atoms"])
+    if "left_out" in last:
+        return last["left_out"]
+    grown = factor * atoms / last["atoms"]
+    seconds = 1e-3 * last["ms_per_step"] * grown
+    gib = (last["start_MiB"] + max(last["peak_MiB"] - last["start_MiB"], 0.0) * grown) / 1024
+    if seconds > config.turn_s:
+        return f"a step would take about {seconds:.0f} s at {atoms} atoms (turn_s: {config.turn_s:g})"
+    if gib > config.memory_GiB:
+        return f"it would need about {gib:.0f} GiB at {atoms} atoms (memory_GiB: {config.memory_GiB:g})"
+    return ""
+
+
 def _measure(
-    name: str, molecules: int, config: Config, folder: Path, progress: Progress, check: Callable[[], None]
-) -> list[dict[str, Any]]:
+    name: str, molecules: int, config: Config, folder: Path, known: Records, progress: Progress,
+    check: Callable[[], None],
+) -> Records:  # fmt: skip
     """Records of one model at one size."""
-    ours, upstream = _weights(name, config, folder)
+    ours, upstream = _weights(name, config, folder, check)
     spec = read_spec(ours)
     atoms = water_box(molecules, config.seed)
     system = AtomicSystem.from_ase(atoms)
@@ -215,110 +182,101 @@ def _measure(
     write(folder / "box.extxyz", atoms)
     # The last two are for the forces alone: an engine may remember what it has seen.
     np.save(folder / "frames.npy", motion(atoms, total + 2, config.seed))
+    setting = {"device": config.device, "dtype": config.dtype, "threads": config.threads}
     job = {
         "structure": str(folder / "box.extxyz"), "frames": str(folder / "frames.npy"), "model": str(ours),
-        "upstream": str(upstream), "device": config.device, "dtype": config.dtype, "threads": config.threads,
+        "upstream": str(upstream), "head": spec.heads[0] if len(spec.heads) > 1 else None, **setting,
+        "memory_MiB": 1024 * config.memory_GiB,
     }  # fmt: skip
-    common = {
-        "model": name, "device": config.device, "dtype": config.dtype, "threads": config.threads,
-        "atoms": len(atoms), "pairs": pairs(system, spec.cutoff).n_pairs,
-    }  # fmt: skip
+    n_pairs = pairs(system, spec.cutoff).n_pairs
+    common = {"model": name, **setting, "atoms": len(atoms), "pairs": n_pairs}
     kept, checked = folder / "forces.npy", [total, total + 1]
-    judge: Engine = "mace-torch" if upstream is not None and installed("mace-torch") else "mdplug-ase"
-    progress(0, config.rounds, f"{name}, {len(atoms)} atoms: reference forces of {judge} in float64")
-    with Worker({**job, "engine": judge, "dtype": "float64"}, folder, config.patience_s, check) as worker:
-        worker.ask()
-        worker.ask({"frames": checked, "keep": str(kept)})
-        expected = np.load(kept)
+
+    def start(engine: str, **change: Any) -> Worker:
+        progress(0, config.rounds, f"{name}, {len(atoms)} atoms: starting {engine}")
+        return Worker({**job, "engine": engine, **change}, folder, config.patience_s, check)
+
+    def forces(worker: Worker) -> np.ndarray:
+        worker.ask({"frames": checked, "keep": str(kept), "at_most_s": math.inf})
+        return np.load(kept)
+
+    def reference(engine: str) -> np.ndarray:
+        with start(engine, dtype="float64") as worker:
+            worker.ask()
+            return forces(worker)
+
+    judge = "mdplug-ase"
+    peer_judges = upstream is not None and not missing("mace-torch", config.device)
+    if peer_judges and not too_much("mace-torch", name, len(atoms), known, config, factor=2.0):
+        judge = "mace-torch"
+    try:
+        expected = reference(judge)
+    except Stopped:
+        raise
+    except MdplugError:
+        if judge == "mdplug-ase":
+            raise
+        judge = "mdplug-ase"
+        expected = reference(judge)
     common |= {"reference": f"{judge} float64", "rms_F_eV_A": float(np.sqrt((expected**2).mean()))}
 
-    records: dict[Engine, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
-        workers: dict[Engine, Worker] = {}
+        workers: dict[str, Worker] = {}
         engine: Engine
         for engine in config.engines:
             records[engine] = {"what": engine, "model": name, "atoms": len(atoms)}
-            if not installed(engine):
-                records[engine]["left_out"] = "not installed"
+            reason = missing(engine, config.device)
+            if not reason and upstream is None and engine not in OURS:
+                reason = "has no such weights"
+            if reason or (reason := too_much(engine, name, len(atoms), known, config)):
+                records[engine]["left_out"] = reason
                 continue
-            if upstream is None and engine not in OURS:
-                records[engine]["left_out"] = "has no such weights"
-                continue
-            progress(0, config.rounds, f"{name}, {len(atoms)} atoms: starting {engine}")
-            worker = stack.enter_context(Worker({**job, "engine": engine}, folder, config.patience_s, check))
             try:
-                versions = worker.ask()["versions"]
-                worker.ask({"frames": checked, "keep": str(kept)})
-                difference = float(np.abs(np.load(kept) - expected).max())
-                worker.ask({"frames": list(range(config.warmup)), "keep": None})
+                worker = stack.enter_context(start(engine))
+                first = worker.ask()
+                difference = float(np.abs(forces(worker) - expected).max())
+                worker.ask({"frames": list(range(config.warmup)), "keep": None, "at_most_s": config.turn_s})
             except Stopped:
                 raise
             except MdplugError as error:
                 records[engine]["left_out"] = str(error)
                 continue
             workers[engine] = worker
-            records[engine] |= {**common, "max_dF_eV_A": difference, "versions": versions, "times": []}
+            records[engine] |= {
+                **common, "max_dF_eV_A": difference, "versions": first["versions"],
+                "time_to_first_force_s": round(first["first_force_s"], 3), "start_MiB": round(first["start_MiB"], 1),
+                "times": [],
+            }  # fmt: skip
+        roofline = stack.enter_context(start("roofline"))
+        roofline.ask()
+        rates: list[dict[str, float]] = []
         order = list(workers)
+        at = dict.fromkeys(order, config.warmup)  # next frame of each: none is skipped, so that pair lists age evenly
         for turn in range(config.rounds):
             check()
             progress(turn, config.rounds, f"{name}, {len(atoms)} atoms")
-            first = config.warmup + turn * config.steps
-            for engine in order[turn % len(order) :] + order[: turn % len(order)]:
-                said = workers[engine].ask({"frames": list(range(first, first + config.steps)), "keep": None})
-                records[engine]["times"] += said["milliseconds"]
-                records[engine]["peak_MiB"] = round(said["peak_MiB"], 1)
+            rates.append(roofline.ask({}))
+            shift = turn % max(len(order), 1)
+            for one in order[shift:] + order[:shift]:
+                frames = list(range(at[one], at[one] + config.steps))
+                said = workers[one].ask({"frames": frames, "keep": None, "at_most_s": config.turn_s})
+                at[one] += len(said["milliseconds"])
+                records[one]["times"] += said["milliseconds"]
+                records[one]["peak_MiB"] = round(said["peak_MiB"], 1)
         progress(config.rounds, config.rounds, f"{name}, {len(atoms)} atoms")
+    limit = {key: round(float(np.median([one[key] for one in rates])), 2) for key in rates[0]}
+    mflop = limit_of(spec, n_pairs / len(atoms), len(np.unique(atoms.numbers)))
     for record in records.values():
         if "times" in record:
             times = record.pop("times")
-            record["ms_per_step"] = round(float(np.median(times)), 4)
-            record["min_ms"], record["max_ms"] = round(min(times), 4), round(max(times), 4)
-            record["steps"] = len(times)
-    return list(records.values())
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """The records as a Markdown table; the last column is the time of mace-torch over the time of each."""
-    base = {(r["model"], r["atoms"]): r["ms_per_step"] for r in records if r["what"] == "mace-torch" and "pairs" in r}
-    lines = [
-        "| model | atoms | pairs | engine | ms per step: median | min | max | us per atom | peak MiB | max dF, eV/A | "
-        "times mace-torch |",
-        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for r in records:
-        if "left_out" in r:
-            lines.append(f"| {r['model']} | {r['atoms']} | | {r['what']} | left out: {r['left_out']} | | | | | | |")
-            continue
-        of = base.get((r["model"], r["atoms"]))
-        ratio = "" if of is None else f"{of / r['ms_per_step']:.2f}"
-        lines.append(
-            f"| {r['model']} | {r['atoms']} | {r['pairs']} | {r['what']} | {r['ms_per_step']:.2f} | {r['min_ms']:.2f} "
-            f"| {r['max_ms']:.2f} | {1e3 * r['ms_per_step'] / r['atoms']:.1f} | {r['peak_MiB']:.0f} "
-            f"| {r['max_dF_eV_A']:.1e} | {ratio} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Time per step over system size, a panel for each model."""
-    from matplotlib.figure import Figure
-
-    measured = [r for r in records if "left_out" not in r]
-    models = list(dict.fromkeys(r["model"] for r in measured))
-    figure = Figure(figsize=(4.5 * max(len(models), 1), 4), layout="constrained")
-    for panel, model in enumerate(models):
-        axes = figure.add_subplot(1, len(models), panel + 1)
-        for k, engine in enumerate(ENGINES):
-            rows = sorted(
-                (r for r in measured if r["model"] == model and r["what"] == engine), key=lambda r: r["atoms"]
-            )
-            if rows:
-                middle = np.array([r["ms_per_step"] for r in rows])
-                spread = np.abs(np.array([[r["min_ms"] for r in rows], [r["max_ms"] for r in rows]]) - middle)
-                axes.errorbar([r["atoms"] for r in rows], middle, spread, marker="osD^v"[k], capsize=3, label=engine)
-        axes.set(xscale="log", yscale="log", xlabel="atoms", ylabel="ms per step", title=Path(model).stem)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150, format="png")
+            ms = float(np.median(times))
+            record |= {"ms_per_step": round(ms, 4), "min_ms": round(min(times), 4), "max_ms": round(max(times), 4)}
+            record |= {"us_per_atom": round(1e3 * ms / len(atoms), 3), "steps": len(times)}
+            if mflop is not None:
+                record["fraction_of_limit"] = float(f"{mflop * len(atoms) / (ms * limit['gflops']):.3g}")
+    line = {"what": "roofline", "model": name, **setting, "atoms": len(atoms), **limit}
+    return [line | ({} if mflop is None else {"mflop_per_atom": round(mflop, 3)}), *records.values()]
 
 
 @contextmanager
@@ -352,9 +310,9 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
             for molecules in sorted(config.molecules):
                 check()
                 if (name, 3 * molecules) not in done:
-                    known += _measure(name, molecules, config, scratch, progress, check)
+                    known += _measure(name, molecules, config, scratch, known, progress, check)
                     write_atomic(log, "".join(json.dumps(one) + "\n" for one in known))
-        write_atomic(folder / "bench.md", table(known) + "\n")
+        write_atomic(folder / "bench.md", report(known) + "\n")
         plot(known, folder / "bench.png")
-        folder.summary(records=known)
+        folder.summary(records=known, memory=memory(known))
     return Result(known, config.output)
