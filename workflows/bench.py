@@ -36,7 +36,8 @@ from mdplug.workflows.bench_report import OURS, Records, memory, plot, report
 from mdplug.workflows.bench_worker import Worker
 
 
-def _most_of_memory() -> float:
+def most_of_memory() -> float:
+    """60 % of this machine's, in GiB."""
     return round(0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
 
 
@@ -63,7 +64,7 @@ class Config(BaseConfig):
         "it took at the size before, is left out",
     )  # fmt: skip
     memory_GiB: float = Field(
-        default_factory=_most_of_memory, gt=0, description="an engine that needs more, or would by what it needed at "
+        default_factory=most_of_memory, gt=0, description="an engine that needs more, or would by what it needed at "
         "the size before, is left out; default: 60 % of this machine's",
     )  # fmt: skip
     warmup: int = Field(5, ge=1, description="steps before the first turn, not counted")
@@ -115,19 +116,23 @@ def motion(atoms: Atoms, frames: int, seed: int = 0) -> np.ndarray:
     return atoms.positions + sway + rng.normal(0, 0.01, (frames, len(atoms), 3))
 
 
-def _weights(name: str, config: Config, folder: Path, check: Callable[[], None]) -> tuple[Path, Path | None]:
-    """(our model file, upstream checkpoint with the same weights or None)."""
+def weights(
+    name: str, folder: Path, seed: int, setting: dict[str, Any], patience_s: float, check: Callable[[], None]
+) -> tuple[Path, Path | None]:
+    """(our model file, upstream checkpoint with the same weights or None); made in `folder` where they are not there.
+
+    Args:
+        name: of a random model, a shipped one, or a path. seed: of random weights.
+        setting: "dtype", "threads", "memory_MiB". patience_s, check: as for Worker.
+    """
     if name in RANDOM:
         require("mace", extra="mace")
         upstream = folder / f"{name}.model"
         if not upstream.exists():
             frame, part = folder / f"{name}.extxyz", folder / f"{name}.part"
-            write(frame, water_box(64, config.seed))
-            job = {
-                "engine": "build", "model": name, "seed": config.seed, "structure": str(frame), "upstream": str(part),
-                "dtype": "float64", "threads": config.threads, "memory_MiB": 1024 * config.memory_GiB,
-            }  # fmt: skip
-            with Worker(job, folder, config.patience_s, check) as worker:
+            write(frame, water_box(64, seed))
+            job = {"engine": "build", "model": name, "seed": seed, "structure": str(frame), "upstream": str(part)}
+            with Worker({**setting, **job}, folder, patience_s, check) as worker:
                 worker.ask()
             part.replace(upstream)
     elif (path := resolve(name)) and zipfile.is_zipfile(path):
@@ -173,7 +178,9 @@ def _measure(
     check: Callable[[], None],
 ) -> Records:  # fmt: skip
     """Records of one model at one size."""
-    ours, upstream = _weights(name, config, folder, check)
+    setting = {"device": config.device, "dtype": config.dtype, "threads": config.threads}
+    limits = {"memory_MiB": 1024 * config.memory_GiB}
+    ours, upstream = weights(name, folder, config.seed, setting | limits, config.patience_s, check)
     spec = read_spec(ours)
     atoms = water_box(molecules, config.seed)
     system = AtomicSystem.from_ase(atoms)
@@ -182,11 +189,9 @@ def _measure(
     write(folder / "box.extxyz", atoms)
     # The last two are for the forces alone: an engine may remember what it has seen.
     np.save(folder / "frames.npy", motion(atoms, total + 2, config.seed))
-    setting = {"device": config.device, "dtype": config.dtype, "threads": config.threads}
     job = {
         "structure": str(folder / "box.extxyz"), "frames": str(folder / "frames.npy"), "model": str(ours),
-        "upstream": str(upstream), "head": spec.heads[0] if len(spec.heads) > 1 else None, **setting,
-        "memory_MiB": 1024 * config.memory_GiB,
+        "upstream": str(upstream), "head": spec.heads[0] if len(spec.heads) > 1 else None, **setting, **limits,
     }  # fmt: skip
     n_pairs = pairs(system, spec.cutoff).n_pairs
     common = {"model": name, **setting, "atoms": len(atoms), "pairs": n_pairs}
@@ -221,66 +226,78 @@ def _measure(
     common |= {"reference": f"{judge} float64", "rms_F_eV_A": float(np.sqrt((expected**2).mean()))}
 
     records: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[float]] = {}
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
+
+        def leave_out(engine: str, reason: str) -> None:
+            records[engine] = {"what": engine, "model": name, "atoms": len(atoms), "left_out": reason}
+            if engine in workers:
+                workers.pop(engine).kill()  # it may hold memory
+
+        def said_by(engine: str, frames: list[int], **request: Any) -> dict[str, Any]:
+            """Its answer; if it has died, empty, and it is left out."""
+            try:
+                return workers[engine].ask({"frames": frames, "keep": None, "at_most_s": config.turn_s, **request})
+            except Stopped:
+                raise
+            except MdplugError as error:
+                leave_out(engine, str(error))
+                return {}
+
         engine: Engine
         for engine in config.engines:
-            records[engine] = {"what": engine, "model": name, "atoms": len(atoms)}
             reason = missing(engine, config.device)
             if not reason and upstream is None and engine not in OURS:
                 reason = "has no such weights"
             if reason or (reason := too_much(engine, name, len(atoms), known, config)):
-                records[engine]["left_out"] = reason
+                leave_out(engine, reason)
                 continue
+            workers[engine] = stack.enter_context(start(engine))
             try:
-                worker = stack.enter_context(start(engine))
-                first = worker.ask()
-                difference = float(np.abs(forces(worker) - expected).max())
-                worker.ask({"frames": list(range(config.warmup)), "keep": None, "at_most_s": config.turn_s})
+                first = workers[engine].ask()
+                difference = float(np.abs(forces(workers[engine]) - expected).max())
             except Stopped:
                 raise
             except MdplugError as error:
-                records[engine]["left_out"] = str(error)
+                leave_out(engine, str(error))
                 continue
-            workers[engine] = worker
-            records[engine] |= {
-                **common, "max_dF_eV_A": difference, "versions": first["versions"],
+            records[engine] = {
+                "what": engine, **common, "max_dF_eV_A": difference, "versions": first["versions"],
                 "time_to_first_force_s": round(first["first_force_s"], 3), "start_MiB": round(first["start_MiB"], 1),
-                "times": [],
             }  # fmt: skip
+            times[engine] = []
+        # The next frame of each: none is skipped, so that pair lists age as in a liquid.
+        at = {one: len(said_by(one, list(range(config.warmup))).get("milliseconds", [])) for one in list(workers)}
         roofline = stack.enter_context(start("roofline"))
         roofline.ask()
         rates: list[dict[str, float]] = []
-        order = list(workers)
-        at = dict.fromkeys(order, config.warmup)  # next frame of each: none is skipped, so that pair lists age evenly
         for turn in range(config.rounds):
             check()
             progress(turn, config.rounds, f"{name}, {len(atoms)} atoms")
             rates.append(roofline.ask({}))
+            order = list(workers)
             shift = turn % max(len(order), 1)
             for one in order[shift:] + order[:shift]:
-                frames = list(range(at[one], at[one] + config.steps))
-                said = workers[one].ask({"frames": frames, "keep": None, "at_most_s": config.turn_s})
-                at[one] += len(said["milliseconds"])
-                records[one]["times"] += said["milliseconds"]
-                records[one]["peak_MiB"] = round(said["peak_MiB"], 1)
+                if said := said_by(one, list(range(at[one], at[one] + config.steps))):
+                    at[one] += len(said["milliseconds"])
+                    times[one] += said["milliseconds"]
+                    records[one]["peak_MiB"] = round(said["peak_MiB"], 1)
         progress(config.rounds, config.rounds, f"{name}, {len(atoms)} atoms")
     limit = {key: round(float(np.median([one[key] for one in rates])), 2) for key in rates[0]}
     mflop = limit_of(spec, n_pairs / len(atoms), len(np.unique(atoms.numbers)))
-    for record in records.values():
-        if "times" in record:
-            times = record.pop("times")
-            ms = float(np.median(times))
-            record |= {"ms_per_step": round(ms, 4), "min_ms": round(min(times), 4), "max_ms": round(max(times), 4)}
-            record |= {"us_per_atom": round(1e3 * ms / len(atoms), 3), "steps": len(times)}
-            if mflop is not None:
-                record["fraction_of_limit"] = float(f"{mflop * len(atoms) / (ms * limit['gflops']):.3g}")
+    for one in workers:
+        ms, some = float(np.median(times[one])), times[one]
+        records[one] |= {"ms_per_step": round(ms, 4), "min_ms": round(min(some), 4), "max_ms": round(max(some), 4)}
+        records[one] |= {"us_per_atom": round(1e3 * ms / len(atoms), 3), "steps": len(some)}
+        if mflop is not None:
+            records[one]["fraction_of_limit"] = float(f"{mflop * len(atoms) / (ms * limit['gflops']):.3g}")
     line = {"what": "roofline", "model": name, **setting, "atoms": len(atoms), **limit}
     return [line | ({} if mflop is None else {"mflop_per_atom": round(mflop, 3)}), *records.values()]
 
 
 @contextmanager
-def _stoppable() -> Iterator[Callable[[], None]]:
+def stoppable() -> Iterator[Callable[[], None]]:
     """A function that raises once a signal has asked for an end."""
     with catch_signals() as caught:
 
@@ -300,7 +317,7 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
     """
     if not config.molecules or min(config.molecules) < 1:
         raise InputError(f"molecules must be sizes of at least 1, got {config.molecules}")
-    with RunFolder(config.output, "bench", config, may_change=("models", "molecules")) as folder, _stoppable() as check:
+    with RunFolder(config.output, "bench", config, may_change=("models", "molecules")) as folder, stoppable() as check:
         log = folder / "bench.jsonl"
         known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         done = {(r["model"], r["atoms"]) for r in known}

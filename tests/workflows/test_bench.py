@@ -10,18 +10,20 @@ import pytest
 import yaml
 
 import mdplug
-from mdplug.errors import MdplugError
+from mdplug.errors import InputError, MdplugError
 from mdplug.pairs import pairs
 from mdplug.potentials.mace import describe
 from mdplug.potentials.pair import LennardJones
 from mdplug.system import AtomicSystem
 from mdplug.units import G_CM3_PER_AMU_A3
+from mdplug.workflows import bench_training
 from mdplug.workflows._common import Stopped
 from mdplug.workflows.bench import Config, Result, motion, run, too_much, water_box
 from mdplug.workflows.bench_limit import limit_of, mflop_per_atom
 from mdplug.workflows.bench_models import RANDOM
 from mdplug.workflows.bench_peers import ENGINES, missing
 from mdplug.workflows.bench_report import memory, ratios, table
+from mdplug.workflows.bench_training import labelled_boxes
 from mdplug.workflows.bench_worker import Worker
 
 
@@ -199,6 +201,24 @@ def test_engine_that_takes_too_much_memory_is_ended(tmp_path):
         worker.ask()
 
 
+def test_one_that_dies_on_the_way_does_not_end_the_others(bench, tmp_path, monkeypatch):
+    config, _, _ = bench
+    asked = []
+    ask = Worker.ask
+
+    def mostly(self, request=None):
+        if self.what == "mdplug-openmm":
+            asked.append(request)
+            if len(asked) == 4:  # its first turn, after the start, the forces and the warm-up
+                self.kill()
+        return ask(self, request)
+
+    monkeypatch.setattr(Worker, "ask", mostly)
+    records = {r["what"]: r for r in run(config.model_copy(update={"output": tmp_path / "out"})).records}
+    assert records["mdplug-ase"]["steps"] == config.rounds * config.steps
+    assert records["mdplug-openmm"]["left_out"].startswith("mdplug-openmm stopped: ")
+
+
 def test_stops_when_asked(tmp_path):
     """SIGTERM while an engine starts: a clean end, nothing half-written, and the same command goes on."""
     model = mdplug.save(LennardJones.new(0.004, 1.8, 4.0), tmp_path / "lj.safetensors")
@@ -226,3 +246,46 @@ def test_peers_have_the_same_forces(model, tmp_path):
         assert record["max_dF_eV_A"] < 1e-4, record
         assert 0.2 < record["rms_F_eV_A"] < 5.0  # so that the line above says something
         assert 0 < record["fraction_of_limit"] < 1
+
+
+def test_boxes_to_train_on():
+    frames = labelled_boxes(3, 4, seed=1)
+    assert [len(one) for one in frames] == [12, 12, 12]
+    assert all(one.pbc.all() for one in frames)
+    assert len({one.info["REF_energy"] for one in frames}) == 3
+    assert abs(frames[0].info["REF_energy"] + 4 * (432.6 + 2 * 13.6)) < 5.0
+    assert np.array_equal(frames[2].arrays["REF_forces"], labelled_boxes(3, 4, seed=1)[2].arrays["REF_forces"])
+    with pytest.raises(InputError, match="no model 'electrolyte' to train"):
+        bench_training.run(bench_training.Config(models=["electrolyte"]))
+
+
+def test_training_table():
+    common = {"model": "m", "dtype": "float64", "threads": 1, "atoms": 30, "steps": 2, "loss": 1.0, "peak_MiB": 1.0}
+    common |= {"ms_per_step": 1.0, "min_ms": 1.0, "max_ms": 1.0}
+    records = [
+        {**common, "what": "mdplug", "structures_per_s": 8.0},
+        {**common, "what": "mace-torch", "structures_per_s": 2.0},
+    ]
+    assert [row.split(" | ")[-1] for row in bench_training.table(records).splitlines()[2:]] == ["4.00 |", "1.00 |"]
+    left = [{"model": "m", "dtype": "float64", "threads": 1, "atoms": 30, "what": "mace-torch", "left_out": "why"}]
+    assert "left out: why" in bench_training.table(left)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_both_trainers_minimise_the_same_function(dtype, tmp_path):
+    """Same loss and same derivative along the embeddings, whatever the parametrisation; two threads beside one."""
+    pytest.importorskip("mace")
+    config = bench_training.Config(
+        models=["l0"], molecules=3, batch=2, rounds=1, steps=2, threads=2, dtype=dtype, output=tmp_path / "out"
+    )
+    said = []
+    result = bench_training.run(config, progress=lambda *what: said.append(what))
+    ours, theirs = result.records
+    assert (ours["what"], theirs["what"]) == ("mdplug", "mace-torch")
+    for key in ("loss", "slope"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-10 if dtype == "float64" else 1e-4), key
+    assert abs(ours["slope"]) > 1.0
+    for one in result.records:
+        assert one["structures_per_s"] == pytest.approx(2e3 / one["ms_per_step"], rel=1e-3)
+    assert bench_training.run(config, progress=lambda *what: pytest.fail("measured again")).records == result.records
