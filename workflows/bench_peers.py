@@ -206,9 +206,13 @@ def timed(jobs: Iterable[Callable[[], Any]], at_most_s: float) -> tuple[list[flo
     return milliseconds, results
 
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """{package: version}."""
-    return {name: metadata.version(name) for name in packages}
+def _versions(engine: Engine) -> dict[str, str]:
+    found = {name: metadata.version(name) for name in PACKAGES[engine][1]}
+    if "mdplug" in found:
+        from mdplug.kernels import instruction_set
+
+        found["kernels"] = instruction_set() or "plain torch"
+    return found
 
 
 Answer = Callable[..., None]
@@ -238,7 +242,7 @@ def serve(job: dict[str, Any], requests: Iterator[dict[str, Any]], answer: Answe
     frames = np.load(job["frames"])
     start = peak_mib(job["device"])
     step(frames[0])
-    answer(first_force_s=time.time() - job["started"], start_MiB=start, versions=versions(PACKAGES[job["engine"]][1]))
+    answer(first_force_s=time.time() - job["started"], start_MiB=start, versions=_versions(job["engine"]))
     for request in requests:
         milliseconds, results = timed((partial(step, frames[k]) for k in request["frames"]), request["at_most_s"])
         if request["keep"] is not None:

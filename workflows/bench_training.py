@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from mdplug.workflows._common import Config as BaseConfig
 from mdplug.workflows._common import Progress, RunFolder, Stopped, silent, write_atomic
 from mdplug.workflows.bench import most_of_memory, stoppable, water_box, weights
 from mdplug.workflows.bench_models import E0_EV, RANDOM, describe
-from mdplug.workflows.bench_peers import PACKAGES, Answer, be_worker, missing, peak_mib, timed, versions
+from mdplug.workflows.bench_peers import PACKAGES, Answer, be_worker, missing, peak_mib, timed
 from mdplug.workflows.bench_worker import Worker
 
 Engine = Literal["mdplug", "mace-torch"]
@@ -207,7 +208,7 @@ def _mdplug(job: dict[str, Any]) -> Start:
     torch.set_num_threads(1)  # as train does: a batch is split over the threads instead
     model = mdplug.load(job["model"], dtype=job["dtype"], head=job["head"], radial="exact")
     assert isinstance(model, Potential)
-    model.requires_grad_(True).train()
+    model = model.without_kernels().requires_grad_(True).train()
     reference = {"H": E0_EV[1], "O": E0_EV[8]}
     loader = dataset.Loader(dataset.read([Path(job["data"])]).structures, model.cutoff, reference)
     options = OptimiserConfig(
@@ -280,7 +281,7 @@ def serve(job: dict[str, Any], requests: Iterator[dict[str, Any]], answer: Answe
     first, step = {"mdplug": _mdplug, "mace-torch": _mace_torch}[job["engine"]](job)
     step(1)
     packages = ("mdplug", "torch") if job["engine"] == "mdplug" else PACKAGES["mace-torch"][1]
-    answer(**first, versions=versions(packages))
+    answer(**first, versions={name: metadata.version(name) for name in packages})
     at = 0
     for request in requests:
         steps = (partial(step, k % 2) for k in range(at, at + request["steps"]))

@@ -87,6 +87,7 @@ def test_records(bench):
         assert 0 < record["max_dF_eV_A"] < 1e-4 * max(1.0, record["rms_F_eV_A"])
         assert record["reference"] == "mdplug-ase float64"
         assert record["versions"]["mdplug"] == mdplug.__version__
+        assert record["versions"]["kernels"] in ("avx512", "avx2", "baseline", "plain torch")
     assert said[-1][:2] == (config.rounds, config.rounds)
 
 
