@@ -31,7 +31,7 @@ from mdplug.workflows._common import Config as BaseConfig
 from mdplug.workflows._common import Progress, RunFolder, Stopped, catch_signals, silent, write_atomic
 from mdplug.workflows.bench_limit import limit_of
 from mdplug.workflows.bench_models import RANDOM, describe
-from mdplug.workflows.bench_peers import ENGINES, Engine, missing
+from mdplug.workflows.bench_peers import ENGINES, Engine, compact_of, missing
 from mdplug.workflows.bench_report import OURS, Records, memory, plot, report
 from mdplug.workflows.bench_worker import Worker
 
@@ -173,127 +173,153 @@ def too_much(engine: str, model: str, atoms: int, known: Records, config: Config
     return ""
 
 
-def _measure(
-    name: str, molecules: int, config: Config, folder: Path, known: Records, progress: Progress,
-    check: Callable[[], None],
-) -> Records:  # fmt: skip
-    """Records of one model at one size."""
-    setting = {"device": config.device, "dtype": config.dtype, "threads": config.threads}
-    limits = {"memory_MiB": 1024 * config.memory_GiB}
-    ours, upstream = weights(name, folder, config.seed, setting | limits, config.patience_s, check)
-    spec = read_spec(ours)
-    atoms = water_box(molecules, config.seed)
-    system = AtomicSystem.from_ase(atoms)
-    check_species(system.numbers, spec)
-    total = config.warmup + config.rounds * config.steps
-    write(folder / "box.extxyz", atoms)
-    # The last two are for the forces alone: an engine may remember what it has seen.
-    np.save(folder / "frames.npy", motion(atoms, total + 2, config.seed))
-    job = {
-        "structure": str(folder / "box.extxyz"), "frames": str(folder / "frames.npy"), "model": str(ours),
-        "upstream": str(upstream), "head": spec.heads[0] if len(spec.heads) > 1 else None, **setting, **limits,
-    }  # fmt: skip
-    n_pairs = pairs(system, spec.cutoff).n_pairs
-    common = {"model": name, **setting, "atoms": len(atoms), "pairs": n_pairs}
-    kept, checked = folder / "forces.npy", [total, total + 1]
+class _Case:
+    """One model at one size: starts the engines, checks their forces, lets them take turns.
 
-    def start(engine: str, **change: Any) -> Worker:
-        progress(0, config.rounds, f"{name}, {len(atoms)} atoms: starting {engine}")
-        return Worker({**job, "engine": engine, **change}, folder, config.patience_s, check)
+    Args:
+        name: of the model. molecules: size. folder: for scratch files. known: records of smaller sizes.
+        progress, check: as for `run` and Worker.
+    """
 
-    def forces(worker: Worker) -> np.ndarray:
-        worker.ask({"frames": checked, "keep": str(kept), "at_most_s": math.inf})
+    def __init__(
+        self, name: str, molecules: int, config: Config, folder: Path, known: Records, progress: Progress,
+        check: Callable[[], None],
+    ):  # fmt: skip
+        self.name, self.config, self.folder, self.known, self.check = name, config, folder, known, check
+        setting = {"device": config.device, "dtype": config.dtype, "threads": config.threads}
+        limits = {"memory_MiB": 1024 * config.memory_GiB}
+        ours, self.upstream = weights(name, folder, config.seed, setting | limits, config.patience_s, check)
+        self.spec = read_spec(ours)
+        atoms = water_box(molecules, config.seed)
+        self.n_atoms, self.n_elements = len(atoms), len(np.unique(atoms.numbers))
+        system = AtomicSystem.from_ase(atoms)
+        check_species(system.numbers, self.spec)
+        self.say = lambda done, text="": progress(done, config.rounds, f"{name}, {len(atoms)} atoms{text}")
+        # The last two frames are for the forces alone: an engine may remember what it has seen.
+        total = config.warmup + config.rounds * config.steps
+        self.checked = [total, total + 1]
+        write(folder / "box.extxyz", atoms)
+        np.save(folder / "frames.npy", motion(atoms, total + 2, config.seed))
+        head = self.spec.heads[0] if len(self.spec.heads) > 1 else None
+        self.job = {
+            "structure": str(folder / "box.extxyz"), "frames": str(folder / "frames.npy"), "model": str(ours),
+            "upstream": str(self.upstream), "head": head, **setting, **limits,
+        }  # fmt: skip
+        n_pairs = pairs(system, self.spec.cutoff).n_pairs
+        self.common: dict[str, Any] = {"model": name, **setting, "atoms": self.n_atoms, "pairs": n_pairs}
+        self.workers: dict[str, Worker] = {}
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def start(self, engine: str, **change: Any) -> Worker:
+        """Its process, starting."""
+        self.say(0, f": starting {engine}")
+        return Worker({**self.job, "engine": engine, **change}, self.folder, self.config.patience_s, self.check)
+
+    def forces(self, worker: Worker) -> np.ndarray:
+        """(2, N, 3) eV/A, of frames that are for this alone."""
+        kept = self.folder / "forces.npy"
+        worker.ask({"frames": self.checked, "keep": str(kept), "at_most_s": math.inf})
         return np.load(kept)
 
-    def reference(engine: str) -> np.ndarray:
-        with start(engine, dtype="float64") as worker:
-            worker.ask()
-            return forces(worker)
-
-    judge = "mdplug-ase"
-    peer_judges = upstream is not None and not missing("mace-torch", config.device)
-    if peer_judges and not too_much("mace-torch", name, len(atoms), known, config, factor=2.0):
-        judge = "mace-torch"
-    try:
-        expected = reference(judge)
-    except Stopped:
-        raise
-    except MdplugError:
-        if judge == "mdplug-ase":
-            raise
-        judge = "mdplug-ase"
-        expected = reference(judge)
-    common |= {"reference": f"{judge} float64", "rms_F_eV_A": float(np.sqrt((expected**2).mean()))}
-
-    records: dict[str, dict[str, Any]] = {}
-    times: dict[str, list[float]] = {}
-    with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-
-        def leave_out(engine: str, reason: str) -> None:
-            records[engine] = {"what": engine, "model": name, "atoms": len(atoms), "left_out": reason}
-            if engine in workers:
-                workers.pop(engine).kill()  # it may hold memory
-
-        def said_by(engine: str, frames: list[int], **request: Any) -> dict[str, Any]:
-            """Its answer; if it has died, empty, and it is left out."""
+    def reference(self) -> np.ndarray:
+        """Forces in float64: of mace-torch where it has the weights and can be expected to cope, else ours."""
+        judges = ["mdplug-ase"]
+        if self.upstream is not None and not missing("mace-torch", self.config.device):
+            judges.insert(0, "mace-torch")
+            if too_much("mace-torch", self.name, self.n_atoms, self.known, self.config, factor=2.0):
+                judges.pop(0)
+        for judge in judges:
             try:
-                return workers[engine].ask({"frames": frames, "keep": None, "at_most_s": config.turn_s, **request})
-            except Stopped:
-                raise
+                with self.start(judge, dtype="float64") as worker:
+                    worker.ask()
+                    found = self.forces(worker)
             except MdplugError as error:
-                leave_out(engine, str(error))
-                return {}
+                if isinstance(error, Stopped) or judge == "mdplug-ase":
+                    raise
+            else:
+                break
+        self.common |= {"reference": f"{judge} float64", "rms_F_eV_A": float(np.sqrt((found**2).mean()))}
+        return found
 
-        engine: Engine
-        for engine in config.engines:
-            reason = missing(engine, config.device)
-            if not reason and upstream is None and engine not in OURS:
-                reason = "has no such weights"
-            if reason or (reason := too_much(engine, name, len(atoms), known, config)):
-                leave_out(engine, reason)
-                continue
-            workers[engine] = stack.enter_context(start(engine))
-            try:
-                first = workers[engine].ask()
-                difference = float(np.abs(forces(workers[engine]) - expected).max())
-            except Stopped:
+    def leave_out(self, engine: str, reason: str) -> None:
+        """Record why it does not take part."""
+        self.records[engine] = {"what": engine, "model": self.name, "atoms": self.n_atoms, "left_out": reason}
+        if engine in self.workers:
+            self.workers.pop(engine).kill()  # it may hold memory
+
+    def enter(self, engine: Engine, expected: np.ndarray, stack: ExitStack) -> None:
+        """Start an engine and compare its forces, or leave it out."""
+        reason = missing(engine, self.config.device)
+        if not reason and self.upstream is None and engine not in OURS:
+            reason = "has no such weights"
+        if reason or (reason := too_much(engine, self.name, self.n_atoms, self.known, self.config)):
+            self.leave_out(engine, reason)
+            return
+        try:
+            if engine == "symmetrix" and not compact_of(str(self.upstream)).exists():
+                with self.start("compact", memory_MiB=1e6) as worker:  # of the conversion, not of the engine
+                    worker.ask()
+            self.workers[engine] = stack.enter_context(self.start(engine))
+            first = self.workers[engine].ask()
+            difference = float(np.abs(self.forces(self.workers[engine]) - expected).max())
+        except MdplugError as error:
+            if isinstance(error, Stopped):
                 raise
-            except MdplugError as error:
-                leave_out(engine, str(error))
-                continue
-            records[engine] = {
-                "what": engine, **common, "max_dF_eV_A": difference, "versions": first["versions"],
-                "time_to_first_force_s": round(first["first_force_s"], 3), "start_MiB": round(first["start_MiB"], 1),
-            }  # fmt: skip
-            times[engine] = []
-        # The next frame of each: none is skipped, so that pair lists age as in a liquid.
-        at = {one: len(said_by(one, list(range(config.warmup))).get("milliseconds", [])) for one in list(workers)}
-        roofline = stack.enter_context(start("roofline"))
-        roofline.ask()
+            self.leave_out(engine, str(error))
+            return
+        self.records[engine] = {
+            "what": engine, **self.common, "max_dF_eV_A": difference, "versions": first["versions"],
+            "time_to_first_force_s": round(first["first_force_s"], 3), "start_MiB": round(first["start_MiB"], 1),
+        }  # fmt: skip
+
+    def turn(self, engine: str, begin: int, steps: int) -> list[float]:
+        """Milliseconds of its next steps; empty, and it is left out, if it dies of them."""
+        request = {"frames": list(range(begin, begin + steps)), "keep": None, "at_most_s": self.config.turn_s}
+        try:
+            said = self.workers[engine].ask(request)
+        except MdplugError as error:
+            if isinstance(error, Stopped):
+                raise
+            self.leave_out(engine, str(error))
+            return []
+        self.records[engine]["peak_MiB"] = round(said["peak_MiB"], 1)
+        return said["milliseconds"]
+
+    def run(self) -> Records:
+        """The records; first that of the machine."""
+        expected, config = self.reference(), self.config
         rates: list[dict[str, float]] = []
-        for turn in range(config.rounds):
-            check()
-            progress(turn, config.rounds, f"{name}, {len(atoms)} atoms")
-            rates.append(roofline.ask({}))
-            order = list(workers)
-            shift = turn % max(len(order), 1)
-            for one in order[shift:] + order[:shift]:
-                if said := said_by(one, list(range(at[one], at[one] + config.steps))):
-                    at[one] += len(said["milliseconds"])
-                    times[one] += said["milliseconds"]
-                    records[one]["peak_MiB"] = round(said["peak_MiB"], 1)
-        progress(config.rounds, config.rounds, f"{name}, {len(atoms)} atoms")
-    limit = {key: round(float(np.median([one[key] for one in rates])), 2) for key in rates[0]}
-    mflop = limit_of(spec, n_pairs / len(atoms), len(np.unique(atoms.numbers)))
-    for one in workers:
-        ms, some = float(np.median(times[one])), times[one]
-        records[one] |= {"ms_per_step": round(ms, 4), "min_ms": round(min(some), 4), "max_ms": round(max(some), 4)}
-        records[one] |= {"us_per_atom": round(1e3 * ms / len(atoms), 3), "steps": len(some)}
-        if mflop is not None:
-            records[one]["fraction_of_limit"] = float(f"{mflop * len(atoms) / (ms * limit['gflops']):.3g}")
-    line = {"what": "roofline", "model": name, **setting, "atoms": len(atoms), **limit}
-    return [line | ({} if mflop is None else {"mflop_per_atom": round(mflop, 3)}), *records.values()]
+        with ExitStack() as stack:
+            for engine in config.engines:
+                self.enter(engine, expected, stack)
+            # The next frame of each: none is skipped, so that pair lists age as in a liquid.
+            at = {one: len(self.turn(one, 0, config.warmup)) for one in list(self.workers)}
+            times: dict[str, list[float]] = {one: [] for one in at}
+            roofline = stack.enter_context(self.start("roofline", memory_MiB=1e6))
+            roofline.ask()
+            for k in range(config.rounds):
+                self.check()
+                self.say(k)
+                rates.append(roofline.ask({}))
+                order = list(self.workers)
+                shift = k % max(len(order), 1)
+                for one in order[shift:] + order[:shift]:
+                    some = self.turn(one, at[one], config.steps)
+                    at[one] += len(some)
+                    times[one] += some
+            self.say(config.rounds)
+        limit = {key: round(float(np.median([one[key] for one in rates])), 2) for key in rates[0]}
+        mflop = limit_of(self.spec, self.common["pairs"] / self.n_atoms, self.n_elements)
+        for one in self.workers:
+            ms, some = float(np.median(times[one])), times[one]
+            record = self.records[one]
+            record |= {"ms_per_step": round(ms, 4), "min_ms": round(min(some), 4), "max_ms": round(max(some), 4)}
+            record |= {"us_per_atom": round(1e3 * ms / self.n_atoms, 3), "steps": len(some)}
+            if mflop is not None:
+                record["fraction_of_limit"] = float(f"{mflop * self.n_atoms / (ms * limit['gflops']):.3g}")
+        setting = {key: self.common[key] for key in ("model", "device", "dtype", "threads", "atoms")}
+        machine = {"what": "roofline", **setting, **limit}
+        return [machine | ({} if mflop is None else {"mflop_per_atom": round(mflop, 3)}), *self.records.values()]
 
 
 @contextmanager
@@ -327,7 +353,7 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
             for molecules in sorted(config.molecules):
                 check()
                 if (name, 3 * molecules) not in done:
-                    known += _measure(name, molecules, config, scratch, known, progress, check)
+                    known += _Case(name, molecules, config, scratch, known, progress, check).run()
                     write_atomic(log, "".join(json.dumps(one) + "\n" for one in known))
         write_atomic(folder / "bench.md", report(known) + "\n")
         plot(known, folder / "bench.png")

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import resource
-import subprocess
 import sys
 import threading
 import time
@@ -143,16 +142,15 @@ def _openmmml(job: dict[str, Any]) -> Step:
     return _through_openmm(job, system)
 
 
+def compact_of(upstream: str | Path) -> Path:
+    """Where Symmetrix-XL's form of a checkpoint lies."""
+    return Path(upstream).with_suffix(".json")
+
+
 def _symmetrix(job: dict[str, Any]) -> Step:
-    compact = Path(job["upstream"]).with_suffix(".json")
-    if not compact.exists():  # by its own converter, which brings torch: kept out of this process
-        code = "from symmetrix.cli.extract_mace import main; main()"
-        arguments = ["--model", job["upstream"], "--output", str(compact.with_suffix(".part"))]
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=sys.stderr)
-        compact.with_suffix(".part").replace(compact)
     from symmetrix import Symmetrix
 
-    return _through_ase(job, Symmetrix(str(compact), dtype=job["dtype"], head=job["head"]))
+    return _through_ase(job, Symmetrix(str(compact_of(job["upstream"])), dtype=job["dtype"], head=job["head"]))
 
 
 START: dict[str, Callable[[dict[str, Any]], Step]] = {
@@ -264,15 +262,27 @@ def be_worker(serve: Callable[[dict[str, Any], Iterator[dict[str, Any]], Answer]
     serve(job, map(json.loads, iter(sys.stdin.readline, "")), answer)
 
 
-def _build_or_serve(job: dict[str, Any], requests: Iterator[dict[str, Any]], answer: Answer) -> None:
-    if job["engine"] != "build":
-        serve(job, requests, answer)
-        return
-    from mdplug.workflows.bench_models import build
+def _prepare(job: dict[str, Any]) -> None:
+    if job["engine"] == "build":
+        from mdplug.workflows.bench_models import build
 
-    build(job["model"], job["seed"], _atoms(job), Path(job["upstream"]))
-    answer()
+        build(job["model"], job["seed"], _atoms(job), Path(job["upstream"]))
+        return
+    from symmetrix.cli.extract_mace import main
+
+    path = compact_of(job["upstream"])
+    sys.argv = ["extract", "--model", job["upstream"], "--output", str(path.with_suffix(".part"))]
+    main()
+    path.with_suffix(".part").replace(path)
+
+
+def _prepare_or_serve(job: dict[str, Any], requests: Iterator[dict[str, Any]], answer: Answer) -> None:
+    if job["engine"] in ("build", "compact"):
+        _prepare(job)
+        answer()
+        return
+    serve(job, requests, answer)
 
 
 if __name__ == "__main__":
-    be_worker(_build_or_serve)
+    be_worker(_prepare_or_serve)
