@@ -35,6 +35,8 @@ from mdplug.workflows.bench_peers import ENGINES, Engine, compact_of, missing
 from mdplug.workflows.bench_report import OURS, Records, memory, plot, report
 from mdplug.workflows.bench_worker import Worker
 
+WRONG = 0.01  # of the rms force: no rounding, no table is that far off
+
 
 def most_of_memory() -> float:
     """60 % of this machine's, in GiB."""
@@ -266,6 +268,9 @@ class _Case:
             if isinstance(error, Stopped):
                 raise
             self.leave_out(engine, str(error))
+            return
+        if not difference < WRONG * self.common["rms_F_eV_A"]:  # NaN, too
+            self.leave_out(engine, f"its forces are those of another function: off by {difference:.2g} eV/A")
             return
         self.records[engine] = {
             "what": engine, **self.common, "max_dF_eV_A": difference, "versions": first["versions"],

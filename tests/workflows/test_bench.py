@@ -220,6 +220,15 @@ def test_one_that_dies_on_the_way_does_not_end_the_others(bench, tmp_path, monke
     assert records["mdplug-openmm"]["left_out"].startswith("mdplug-openmm stopped: ")
 
 
+def test_wrong_forces_are_not_timed(bench, tmp_path, monkeypatch):
+    config, _, _ = bench
+    monkeypatch.setattr("mdplug.workflows.bench.WRONG", 0.0)
+    change = {"output": tmp_path / "out", "engines": ["mdplug-ase"]}
+    machine, ours = run(config.model_copy(update=change)).records
+    assert ours["left_out"].startswith("its forces are those of another function: off by ")
+    assert machine["gflops"] > 0
+
+
 def test_stops_when_asked(tmp_path):
     """SIGTERM while an engine starts: a clean end, nothing half-written, and the same command goes on."""
     model = mdplug.save(LennardJones.new(0.004, 1.8, 4.0), tmp_path / "lj.safetensors")
