@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,6 +202,17 @@ def _compiler() -> str:
     return version.splitlines()[0] if version else Path(program).name
 
 
+def _native() -> str:
+    from mdplug import kernels
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the line below says the same
+        reason = kernels.why_not()
+    if reason:
+        raise Absent(f"potentials run in plain torch, several times slower: {reason}")
+    return f"{kernels.instruction_set()} build"
+
+
 def _shipped() -> str:
     from ase import Atoms
 
@@ -231,6 +243,7 @@ CHECKS: tuple[tuple[str, bool, Callable[[], str]], ...] = (
     ("OpenMM platforms", True, _platforms),
     ("OpenMM PythonForce", True, _python_force),
     ("OpenMM TorchForce", False, _torch_force),
+    ("native operators", False, _native),
     ("shipped model", True, _shipped),
     ("ase", True, _imports("ase", "dev", "ASE runs and files")),
     ("mdtraj", True, _imports("mdtraj", "dev", "trajectories")),
