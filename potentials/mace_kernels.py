@@ -293,7 +293,7 @@ class KernelMACE(Potential):
         place[order] = torch.arange(n_owned, dtype=torch.int32)
         by_place = torch.cat([species[order], species[n_owned:]])
         present = tuple(torch.unique(species).tolist())
-        kind_of = torch.zeros(species_of.max() + 1, dtype=torch.int32)
+        kind_of = torch.zeros(int(species_of.max()) + 1, dtype=torch.int32)
         kind_of[list(present)] = torch.arange(len(present), dtype=torch.int32)
         groups, begin = [], 0
         for z in present:
@@ -353,7 +353,7 @@ class KernelMACE(Potential):
         return PairScalars(r, repulsion, densities, columns)
 
     def _layer_radial(self, t: int, tables: Optional[Tables], scalars: PairScalars) -> LayerRadial:
-        weight = self.definition.layers[t].messenger.radial_weight
+        weight: Tensor = self.layers[t].source.messenger.radial_weight
         if tables is None:
             return LayerRadial(weight.new_empty(0), scalars.columns[t].detach(), weight, 1.0, 2)
         table, reduced = tables.layers[t]
