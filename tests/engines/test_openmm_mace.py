@@ -88,7 +88,7 @@ def test_tables_in_memory_are_written_whole(model):
     """A model with tables, changed after loading, cannot be said by its file."""
     atoms = tilted_water()
     changed = mdplug.load(model, dtype="float32")
-    changed.scale.fill_(2.0)
+    changed.definition.scale.fill_(2.0)
     system = create_system(topology_from_ase(atoms), changed, remove_cm=False)
     expected, _ = read(*context_of(system, atoms))
     xml = openmm.XmlSerializer.serialize(system)
