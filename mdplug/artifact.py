@@ -113,10 +113,11 @@ def load(
     _choose_head(potential, head, path)
     width = dtype or potential.spec.dtype
     potential = potential.to(getattr(torch, width))
-    if (radial or ("tables" if width == "float32" else "exact")) == "tables":
+    tables = (radial or ("tables" if width == "float32" else "exact")) == "tables"
+    if target.type == "cpu":
+        potential = potential.with_kernels(tables)
+    elif tables:
         potential = potential.with_tables()
-    elif radial == "exact":
-        potential = potential.with_exact_radial()
     potential.origin = origin
     return potential.to(target).eval().requires_grad_(False)
 

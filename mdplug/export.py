@@ -138,7 +138,7 @@ class Portable(nn.Module):
 
 def portable(potential: Potential) -> Exported:
     """The portable form in memory; the potential itself is left as it is."""
-    own = copy.deepcopy(potential).eval().requires_grad_(False)
+    own = copy.deepcopy(potential.without_kernels()).eval().requires_grad_(False)
     for part in own.modules():
         if isinstance(part, Potential):
             part.alone = True  # one process: the operator that crosses domain borders is not compiled in

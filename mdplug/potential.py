@@ -44,9 +44,11 @@ class Potential(Model):
 
     Attributes:
         alone: compiled for one process: `exchange` and its operator are left out of the file.
+        has_written_adjoint: `local_with_gradient` is there, and `Deployed` takes it instead of autograd.
     """
 
     __constants__ = ["alone"]  # inherited, which Final annotations are not
+    has_written_adjoint = False
 
     def __init__(self, spec: Spec):
         super().__init__(spec)
@@ -108,6 +110,21 @@ class Potential(Model):
         """
         raise NotImplementedError("local")
 
+    @torch.jit.unused
+    def local_with_gradient(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
+        """As `local`, with "pair_gradient" (E, 3) eV/A added: d(sum of atom energies)/d(vectors), without a tape."""
+        raise NotImplementedError("local_with_gradient")
+
     def far(
         self,
         near: Dict[str, Tensor],
@@ -129,8 +146,20 @@ class Potential(Model):
         """A copy whose radial functions are spline tables, where an architecture has them; else itself."""
         return self
 
+    def with_kernels(self, tables: bool) -> "Potential":
+        """The fastest form for inference on this machine's CPU; without operators for it, plain torch.
+
+        Args:
+            tables: radial functions as spline tables (see `with_tables`); False: exact.
+        """
+        return self.with_tables() if tables else self
+
+    def without_kernels(self) -> "Potential":
+        """The form in plain torch operators, which compiles: itself, unless `with_kernels` made it."""
+        return self
+
     def with_exact_radial(self) -> "Potential":
-        """The form with exact radial functions: itself, unless `with_tables` made it.
+        """The form with exact radial functions: itself, unless `with_tables` or `with_kernels` made it.
 
         Raises:
             InputError: the weights behind the tables are not there.
@@ -149,6 +178,7 @@ class Deployed(Model):
     dtype_of: Tensor
     conservative: Final[bool]
     long_range: Final[bool]
+    written: Final[bool]
 
     def __init__(self, potential: Potential):
         super().__init__(potential.spec)
@@ -156,6 +186,7 @@ class Deployed(Model):
         self.potential = potential
         self.conservative = potential.spec.conservative
         self.long_range = potential.spec.long_range
+        self.written = potential.has_written_adjoint
         self.register_buffer("dtype_of", torch.zeros(1, dtype=dtype_of(potential)), persistent=False)
 
     def forward(
@@ -198,17 +229,25 @@ class Deployed(Model):
         vectors = r.to(dtype).clone()
         x, box = positions.detach().clone(), cell.detach().clone()
         n = numbers.shape[0]
-        # TorchScript has no enable_grad; an engine may call us with grad mode off.
         grad_mode = torch.is_grad_enabled()
+        charge, spin = total_charge.to(dtype), total_spin.to(dtype)
+        if self.written:
+            if forces and not create_graph:
+                out = self.potential.local_with_gradient(
+                    numbers, pairs, vectors, n, system_index, charge, spin, head
+                )
+                energy = torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, out["atom_energy"].to(cell.dtype))
+                out.update(forces_and_virial(r, out.pop("pair_gradient"), pairs, pair_system, positions, cell))
+                out["energy"] = energy
+                return out
+        # TorchScript has no enable_grad; an engine may call us with grad mode off.
         torch.set_grad_enabled(True)
         if forces:
             vectors.requires_grad_(True)
             if self.long_range:
                 x.requires_grad_(True)
                 box.requires_grad_(True)
-        out = self.potential.local(
-            numbers, pairs, vectors, n, system_index, total_charge.to(dtype), total_spin.to(dtype), head
-        )
+        out = self.potential.local(numbers, pairs, vectors, n, system_index, charge, spin, head)
         if self.long_range:
             out = self.potential.far(out, x, box, pbc, system_index, total_charge)
         atom_energy = out["atom_energy"].to(torch.float64)
@@ -220,15 +259,8 @@ class Deployed(Model):
         torch.set_grad_enabled(grad_mode or create_graph)
         result: Dict[str, Tensor] = {}
         if forces:
-            pair_gradient = zeros_if_none(grads[0], vectors).to(torch.float64)
-            force = torch.zeros_like(positions).index_add(0, receiver, pair_gradient)
-            force = force.index_add(0, sender, -pair_gradient)
-            if n_systems == 1:
-                virial = torch.mm(r.t(), pair_gradient).unsqueeze(0)
-            else:
-                outer = r.unsqueeze(2) * pair_gradient.unsqueeze(1)
-                virial = torch.zeros_like(cell).index_add(0, pair_system, outer)
-            virial = -0.5 * (virial + virial.transpose(1, 2))
+            direct = forces_and_virial(r, zeros_if_none(grads[0], vectors), pairs, pair_system, positions, cell)
+            force, virial = direct["forces"], direct["virial"]
             if self.long_range:
                 dx, dbox = zeros_if_none(grads[1], x), zeros_if_none(grads[2], box)
                 force = force - dx
@@ -242,6 +274,26 @@ class Deployed(Model):
             result[key] = value if create_graph else value.detach()
         result["energy"] = energy if create_graph else energy.detach()
         return result
+
+
+def forces_and_virial(
+    r: Tensor, pair_gradient: Tensor, pairs: Tensor, pair_system: Tensor, positions: Tensor, cell: Tensor
+) -> Dict[str, Tensor]:
+    """The one scatter of dE/d(vectors): "forces" (N, 3) eV/A and the symmetric "virial" (S, 3, 3) eV, float64.
+
+    Args:
+        r: (E, 3) float64 A. pair_gradient: (E, 3) eV/A. pairs: (2, E). pair_system: (E,). positions: (N, 3).
+        cell: (S, 3, 3).
+    """
+    gradient = pair_gradient.to(torch.float64)
+    force = torch.zeros_like(positions).index_add(0, pairs[0], gradient)
+    force = force.index_add(0, pairs[1], -gradient)
+    if cell.shape[0] == 1:
+        virial = torch.mm(r.t(), gradient).unsqueeze(0)
+    else:
+        outer = r.unsqueeze(2) * gradient.unsqueeze(1)
+        virial = torch.zeros_like(cell).index_add(0, pair_system, outer)
+    return {"forces": force, "virial": -0.5 * (virial + virial.transpose(1, 2))}
 
 
 def zeros_if_none(grad: Optional[Tensor], like: Tensor) -> Tensor:

@@ -310,6 +310,17 @@ class MACE(Potential):
         return fast
 
     @torch.jit.unused
+    def with_kernels(self, tables: bool) -> Potential:
+        """See `Potential.with_kernels`."""
+        from mdplug import kernels
+
+        if self.tabulated or self.radial.detached or not kernels.available():
+            return self.with_tables() if tables else self
+        from mdplug.potentials.mace_kernels import KernelMACE
+
+        return KernelMACE(self, tables)
+
+    @torch.jit.unused
     def with_exact_radial(self) -> "MACE":
         """See `Potential.with_exact_radial`."""
         if self.tabulated:

@@ -137,7 +137,7 @@ def _train(config: Config, folder: RunFolder, progress: Progress) -> Result:
         loaded = mdplug.load(config.start, dtype=config.dtype, radial="exact")
         if not isinstance(loaded, Potential):
             raise InputError(f"{config.start} is an exported file; training starts from a .safetensors model file")
-        potential: Potential = loaded.requires_grad_(True).train()
+        potential: Potential = loaded.without_kernels().requires_grad_(True).train()
         reference = dict(potential.spec.atomic_energies.get(potential.spec.heads[potential.head or 0], {}))
         _check_known(train + valid, reference)
         loader = Loader(train, potential.cutoff, reference, config.batch_pairs)

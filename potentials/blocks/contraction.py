@@ -172,6 +172,7 @@ class SymmetricContraction(nn.Module):
     def __init__(self, l_max: int, l_out: int, degree: int, n_species: int, channels: int, dtype: torch.dtype):
         super().__init__()
         self.agnostic, self.n_species, self.channels = n_species == 1, n_species, channels
+        self.l_max = l_max
         self.n_components = (l_out + 1) ** 2
         self.outputs = nn.ModuleList(
             [Output(l_max, ell, degree, n_species, channels, dtype) for ell in range(l_out + 1)]
@@ -228,3 +229,57 @@ class SymmetricContraction(nn.Module):
             product = rest.view(n_channels, self.n_components, self.n_prefixes, n) * prefix.unsqueeze(1)
             parts.append(product.sum(2).permute(1, 2, 0))
         return torch.cat(parts, dim=1)
+
+
+def sparse_polynomial(
+    contraction: SymmetricContraction,
+) -> Tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+    """The same polynomial as a list of products, for kernels that walk it.
+
+    Entries are the features 0..(l_max+1)^2 - 1, then the nodes, each the product of two earlier entries.
+
+    Returns:
+        nodes (n, 2) int32; term (T,) int32: the entry that each coefficient multiplies, terms of one output component
+        together; starts (components + 1) int32; coefficients (S or 1, T, K).
+    """
+    blocks = []  # (component of the output, monomial) of every row of coefficients
+    for ell, output in enumerate(contraction.outputs):
+        for nu in range(1, len(output.powers) + 1):  # type: ignore[arg-type]
+            index, _, sizes = symmetric_basis(contraction.l_max, ell, nu)
+            rows = np.repeat(np.arange(ell * ell, (ell + 1) ** 2), sizes)
+            blocks += [(int(row), tuple(term)) for row, term in zip(rows, index.T.tolist(), strict=True)]
+    parts: List[Tensor] = []
+    for output in contraction.outputs:
+        parts.extend(output(None))
+    coefficients = torch.cat(parts, dim=1).detach()
+    order = sorted(range(len(blocks)), key=lambda row: blocks[row][0])
+    counts = np.bincount([row for row, _ in blocks], minlength=contraction.n_components)
+    entry = _products({term for _, term in blocks}, contraction.n_factors - 1)
+    term = np.array([entry[blocks[row][1]][0] for row in order], dtype=np.int32)
+    made = sorted((place, left, right) for place, left, right in entry.values() if left >= 0)
+    nodes = np.array([(left, right) for _, left, right in made], dtype=np.int32).reshape(-1, 2)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return nodes, term, starts, coefficients[:, torch.tensor(order, dtype=torch.int64)].contiguous()
+
+
+def _products(wanted: Set[Tuple[int, ...]], n_inputs: int) -> dict[Tuple[int, ...], Tuple[int, int, int]]:
+    """{monomial: (its place, places of its two factors; -1 for inputs)}, with few monomials besides those wanted."""
+    needed = set(wanted)
+    split: dict[Tuple[int, ...], Tuple[Tuple[int, ...], int]] = {}
+    for degree in range(max((len(term) for term in wanted), default=1), 1, -1):
+        left = {term for term in needed if len(term) == degree}
+        while left:
+            votes = Counter(part for term in sorted(left) for part in {_without(term, q) for q in range(degree)})
+            known = [part for part in votes if part in needed or degree == 2]
+            best = max(sorted(known or votes), key=lambda part: votes[part])
+            for term in list(left):
+                for q in range(degree):
+                    if _without(term, q) == best:
+                        split[term] = (best, term[q])
+                        left.discard(term)
+            needed.add(best)
+    found: dict[Tuple[int, ...], Tuple[int, int, int]] = {(m,): (m, -1, -1) for m in range(n_inputs)}
+    for term in sorted(split, key=lambda t: (len(t), t)):
+        part, factor = split[term]
+        found[term] = (len(found), found[part][0], factor)
+    return found

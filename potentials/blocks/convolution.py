@@ -146,6 +146,7 @@ class Messages(Constants):
 
     def __init__(self, l_in: int, l_max: int, dtype: torch.dtype):
         super().__init__()
+        self.l_in = l_in
         self.paths: List[Path] = paths(l_in, l_max)
         self.cached = CACHED
         self.fan_in = [sum(1 for p in self.paths if p[2] == ell) for ell in range(l_max + 1)]

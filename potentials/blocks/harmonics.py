@@ -148,6 +148,15 @@ class SphericalHarmonics(Constants):
             degrees.append(low * unit.index_select(1, self.right.narrow(0, self.starts[k], self.sizes[k])))
         return torch.mm(torch.cat(degrees, dim=1), self.table)
 
+    @torch.jit.unused
+    def products(self) -> Tuple[Tensor, Tensor]:
+        """(monomials of degree 2 and more,) int32: each is monomial `left` of the whole list times axis `right`."""
+        starts = [sum(len(monomials(k)) for k in range(ell)) for ell in range(self.l_max + 1)]
+        offset = torch.cat(
+            [torch.full((size,), starts[k + 1]) for k, size in enumerate(self.sizes)] + [torch.zeros(0)]
+        )
+        return (self.left.cpu() + offset).to(torch.int32), self.right.cpu().to(torch.int32)
+
 
 def _clebsch_gordan(j1: int, m1: int, j2: int, m2: int, j3: int, m3: int) -> float:
     """<j1 m1 j2 m2 | j3 m3> by Racah's formula."""

@@ -162,12 +162,20 @@ class GatedMessenger(nn.Module):
         radial = pad(columns.narrow(1, 0, self.n_radial), graph.slot, graph.n * graph.width)
         rho = neighbour_sum(columns[:, self.n_radial], graph)
         norm = (1.0 / (self.beta * rho + self.alpha)).view(1, -1, 1)
-        messages = self.messages(sent, radial, self.radial_weight, graph)
+        messages = [m.transpose(0, 1) for m in self.messages(sent, radial, self.radial_weight, graph)]
+        return self.combine(messages, own, norm)
+
+    def combine(self, messages: List[Tensor], own: Tensor, norm: Tensor) -> Tensor:
+        """((l_max+1)^2, n, K) features from the messages of all paths, (2 l3 + 1, n, k) each.
+
+        Args:
+            own: ((l_in+1)^2, n, k) sorted features of the receivers. norm: (1, n, 1), what the density divides by.
+        """
         irreps: List[Tensor] = [messages[0] for _ in range(0)]
         residual = split_irreps(own, 0)
         gates = torch.matmul(own[0], self.gate_residual)
         for p, message in enumerate(messages):
-            message = message.transpose(0, 1) * norm
+            message = message * norm
             part = torch.matmul(message, self.linear[p])
             l3 = (part.shape[0] - 1) // 2
             if l3 == 0 and self.l_max > 0:

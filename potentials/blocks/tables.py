@@ -70,8 +70,18 @@ class SplineRadial(nn.Module):
         columns = torch.addcmul(c0, s, torch.addcmul(c1, s, torch.addcmul(c2, s, c3)))
         return list(torch.split(columns, self.sizes, dim=1))
 
+    @torch.jit.unused
+    def values_and_slopes(self, r: Tensor, kind: int) -> Tuple[Tensor, Tensor]:
+        """(n,) A -> all columns of one table and their slopes, (n, C) each."""
+        x = (r.unsqueeze(1) - self.first) / self.step
+        interval = torch.clamp(x.floor(), 0, self.n_intervals - 1)
+        s = x - interval
+        row = interval.squeeze(1).to(torch.int64) + kind * self.n_intervals
+        c0, c1, c2, c3 = self.coefficients.index_select(0, row).chunk(4, dim=1)
+        return c0 + s * (c1 + s * (c2 + s * c3)), (c1 + s * (2 * c2 + 3 * s * c3)) / self.step
 
-def _sample(
+
+def sample(
     radial: Radial | SplineRadial, r: Tensor, pairs: List[Tuple[int, int]], n_features: List[int]
 ) -> Tuple[List[Tensor], List[Tensor]]:
     """Per layer, columns and their slopes, (kinds, points, C), in float64."""
@@ -90,7 +100,9 @@ def _sample(
     return [torch.stack(v) for v in values], [torch.stack(s) for s in slopes]
 
 
-def _reduce(values: Tensor, slopes: Tensor, weight: Tensor, tolerance: float) -> Tuple[Tensor, Tensor]:
+def reduce_features(
+    values: Tensor, slopes: Tensor, weight: Tensor, tolerance: float, multiple: int = 4
+) -> Tuple[Tensor, Tensor]:
     """Projection (b, rank) of the features and the weight (rank, P * k) that goes with it."""
     right, left = torch.linalg.qr(weight.t())  # weight = left^T right^T
     v, d = (x.flatten(0, 1) @ left.t() for x in (values, slopes))
@@ -99,12 +111,12 @@ def _reduce(values: Tensor, slopes: Tensor, weight: Tensor, tolerance: float) ->
     tail = squares.clamp_min(0.0).cumsum(0).flip(0).sqrt()  # what is missed with 0, 1, 2... features
     vectors = vectors.flip(1)
     rank = int((tail > tolerance).sum())
-    rank = min(max(4 * math.ceil(rank / 4), 4), vectors.shape[1])
+    rank = min(max(multiple * math.ceil(rank / multiple), multiple), vectors.shape[1])
     basis = vectors[:, :rank]
     return left.t() @ basis, basis.t() @ right.t()
 
 
-def _hermite(values: Tensor, slopes: Tensor, step: float) -> Tensor:
+def hermite(values: Tensor, slopes: Tensor, step: float) -> Tensor:
     """(kinds, knots, C) values and slopes -> (kinds * intervals, 4 C) coefficients."""
     y0, y1 = values[:, :-1], values[:, 1:]
     d0, d1 = slopes[:, :-1] * step, slopes[:, 1:] * step
@@ -141,12 +153,12 @@ def tabulate(
         return None
     span = cutoff - FIRST_KNOT
     fine = torch.linspace(ERROR_FROM, cutoff, 2000, dtype=torch.float64)
-    fine_values, fine_slopes = _sample(exact, fine, pairs, n_features)
+    fine_values, fine_slopes = sample(exact, fine, pairs, n_features)
     projections: List[Tensor] = []
     new_weights: List[Tensor] = []
     for t, weight in enumerate(layers):
         b = n_features[t]
-        onto, reduced = _reduce(fine_values[t][..., :b], fine_slopes[t][..., :b], weight, tolerance / 3)
+        onto, reduced = reduce_features(fine_values[t][..., :b], fine_slopes[t][..., :b], weight, tolerance / 3)
         extra = fine_values[t].shape[2] - b  # the density column stays itself
         projections.append(torch.block_diag(onto, torch.eye(extra, dtype=onto.dtype)))
         new_weights.append(reduced)
@@ -154,8 +166,8 @@ def tabulate(
     while True:
         step = span / knots
         grid = FIRST_KNOT + step * torch.arange(knots + 1, dtype=torch.float64)
-        at, slope_at = _sample(exact, grid, pairs, n_features)
-        coefficients = _hermite(
+        at, slope_at = sample(exact, grid, pairs, n_features)
+        coefficients = hermite(
             torch.cat([v @ p for v, p in zip(at, projections, strict=True)], dim=2),
             torch.cat([d @ p for d, p in zip(slope_at, projections, strict=True)], dim=2),
             step,
@@ -186,7 +198,7 @@ def _errors(
     reduced: List[Tensor],
 ) -> Tuple[float, float]:
     """Relative rms errors of value and slope of the functions that reach the messages; the worst layer."""
-    got, got_slopes = _sample(spline, r, pairs, [len(w) for w in weights])
+    got, got_slopes = sample(spline, r, pairs, [len(w) for w in weights])
     errors: Dict[str, List[float]] = {"value": [], "slope": []}
     for t, weight in enumerate(weights):
         b, rank = weight.shape[0], reduced[t].shape[0]

@@ -1,0 +1,115 @@
+// Blocks of channels in vector registers, and the arithmetic on them. Nothing here knows torch.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define MDPLUG_BYTES 64
+#elif defined(__AVX__)
+#define MDPLUG_BYTES 32
+#else
+#define MDPLUG_BYTES 16
+#endif
+#define MDPLUG_INLINE inline __attribute__((always_inline))
+
+namespace MDPLUG_ISA {
+
+template <class T>
+struct Native {
+  static constexpr int width = MDPLUG_BYTES / sizeof(T);
+  typedef T type __attribute__((vector_size(MDPLUG_BYTES)));
+  typedef T unaligned __attribute__((vector_size(MDPLUG_BYTES), aligned(sizeof(T)), may_alias));
+};
+
+// C channels of type T.
+template <class T, int C>
+struct Block {
+  using V = typename Native<T>::type;
+  using U = typename Native<T>::unaligned;
+  static constexpr int W = Native<T>::width, NV = C / W;
+  static_assert(NV >= 1 && NV * W == C, "a block is a whole number of registers");
+  V v[NV];
+
+  static MDPLUG_INLINE Block zero() {
+    Block b;
+    for (int i = 0; i < NV; ++i) b.v[i] = V{};
+    return b;
+  }
+  static MDPLUG_INLINE Block load(const T* p) {
+    Block b;
+    for (int i = 0; i < NV; ++i) b.v[i] = *reinterpret_cast<const U*>(p + i * W);
+    return b;
+  }
+  MDPLUG_INLINE void store(T* p) const {
+    for (int i = 0; i < NV; ++i) *reinterpret_cast<U*>(p + i * W) = v[i];
+  }
+  // The first `count` channels, the rest zero.
+  static MDPLUG_INLINE Block load(const T* p, int count) {
+    if (count >= C) return load(p);
+    T buffer[C] = {};
+    std::memcpy(buffer, p, sizeof(T) * count);
+    return load(buffer);
+  }
+  MDPLUG_INLINE void store(T* p, int count) const {
+    if (count >= C) return store(p);
+    T buffer[C];
+    store(buffer);
+    std::memcpy(p, buffer, sizeof(T) * count);
+  }
+  MDPLUG_INLINE void add(const Block& a) {
+    for (int i = 0; i < NV; ++i) v[i] += a.v[i];
+  }
+  MDPLUG_INLINE void fma(T s, const Block& a) {
+    for (int i = 0; i < NV; ++i) v[i] += s * a.v[i];
+  }
+  MDPLUG_INLINE void fma(const Block& a, const Block& b) {
+    for (int i = 0; i < NV; ++i) v[i] += a.v[i] * b.v[i];
+  }
+  MDPLUG_INLINE Block operator*(const Block& a) const {
+    Block b;
+    for (int i = 0; i < NV; ++i) b.v[i] = v[i] * a.v[i];
+    return b;
+  }
+  MDPLUG_INLINE Block operator*(T s) const {
+    Block b;
+    for (int i = 0; i < NV; ++i) b.v[i] = v[i] * s;
+    return b;
+  }
+};
+
+// Sum over the lanes of a register, always in the same order.
+template <class T>
+MDPLUG_INLINE T lanes(typename Native<T>::type a) {
+  constexpr int W = Native<T>::width;
+  T x[W];
+  std::memcpy(x, &a, sizeof a);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+// Lane sums of `count` registers, added to out[0..count).
+template <class T>
+MDPLUG_INLINE void lane_sums(const typename Native<T>::type* a, int count, T* out) {
+  for (int i = 0; i < count; ++i) out[i] += lanes<T>(a[i]);
+}
+
+}  // namespace MDPLUG_ISA
+
+#if defined(__AVX__) && !defined(__AVX512F__)
+#include <immintrin.h>
+namespace MDPLUG_ISA {
+template <>
+MDPLUG_INLINE void lane_sums<float>(const Native<float>::type* a, int count, float* out) {
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    __m256 h0 = _mm256_hadd_ps(a[i], a[i + 1]), h1 = _mm256_hadd_ps(a[i + 2], a[i + 3]);
+    __m256 h2 = _mm256_hadd_ps(a[i + 4], a[i + 5]), h3 = _mm256_hadd_ps(a[i + 6], a[i + 7]);
+    __m256 g0 = _mm256_hadd_ps(h0, h1), g1 = _mm256_hadd_ps(h2, h3);
+    __m256 low = _mm256_permute2f128_ps(g0, g1, 0x20), high = _mm256_permute2f128_ps(g0, g1, 0x31);
+    _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_loadu_ps(out + i), _mm256_add_ps(low, high)));
+  }
+  for (; i < count; ++i) out[i] += lanes<float>(a[i]);
+}
+}  // namespace MDPLUG_ISA
+#endif

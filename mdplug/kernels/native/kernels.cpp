@@ -1,0 +1,65 @@
+// All kernels for one instruction set: compiled once for each, with MDPLUG_ISA naming it.
+#include "convolution.h"
+#include "density.h"
+#include "harmonics.h"
+#include "polynomial.h"
+
+#define MDPLUG_STRING_(x) #x
+#define MDPLUG_STRING(x) MDPLUG_STRING_(x)
+#define MDPLUG_JOIN_(a, b) a##b
+#define MDPLUG_JOIN(a, b) MDPLUG_JOIN_(a, b)
+
+namespace MDPLUG_ISA {
+
+template <class T>
+struct Entry {
+  static constexpr int narrow = 64 / sizeof(T), wide = 128 / sizeof(T);
+
+  static void conv(const MdplugConvolution* shape, int64_t n_senders, int64_t begin, int64_t end, const T* sent,
+                   const T* harmonics, const MdplugRadial* radial, const int32_t* sender, const int32_t* first, T* out,
+                   MdplugParallel parallel) {
+    auto f = shape->block == wide ? convolution<T, wide> : convolution<T, narrow>;
+    f(*shape, n_senders, begin, end, sent, harmonics, *radial, sender, first, out, parallel);
+  }
+  static void conv_backward(const MdplugConvolution* shape, int64_t n_senders, int64_t n_receivers, int64_t begin,
+                            int64_t end, const T* sent, const T* harmonics, const MdplugRadial* radial,
+                            const int32_t* receiver, const int32_t* pair, const int32_t* first, const T* grad,
+                            T* grad_sent, T* grad_harmonics, T* grad_radial, MdplugParallel parallel) {
+    auto f = shape->block == wide ? convolution_backward<T, wide> : convolution_backward<T, narrow>;
+    f(*shape, n_senders, n_receivers, begin, end, sent, harmonics, *radial, receiver, pair, first, grad, grad_sent,
+      grad_harmonics, grad_radial, parallel);
+  }
+  static void dens(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t kinds, const T* harmonics,
+                   const MdplugRadial* radial, const int32_t* species, const int32_t* first, T* out,
+                   MdplugParallel parallel) {
+    density<T>(begin, end, b, m, kinds, harmonics, *radial, species, first, out, parallel);
+  }
+  static void dens_backward(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t kinds, const T* harmonics,
+                            const MdplugRadial* radial, const int32_t* species, const int32_t* first, const T* grad,
+                            T* grad_harmonics, T* grad_radial, MdplugParallel parallel) {
+    density_backward<T>(begin, end, b, m, kinds, harmonics, *radial, species, first, grad, grad_harmonics, grad_radial,
+                        parallel);
+  }
+  static void poly(const MdplugPolynomial* shape, int64_t n, int64_t k, const T* inputs, const T* coefficients,
+                   const int32_t* kind, T* out, MdplugParallel parallel) {
+    polynomial<T, narrow>(*shape, n, k, inputs, coefficients, kind, out, parallel);
+  }
+  static void poly_backward(const MdplugPolynomial* shape, int64_t n, int64_t k, const T* inputs,
+                            const T* coefficients, const int32_t* kind, const T* grad, T* grad_inputs,
+                            MdplugParallel parallel) {
+    polynomial_backward<T, narrow>(*shape, n, k, inputs, coefficients, kind, grad, grad_inputs, parallel);
+  }
+};
+
+}  // namespace MDPLUG_ISA
+
+using namespace MDPLUG_ISA;
+
+#define MDPLUG_ENTRIES(T)                                                                                  \
+  harmonics<T>, harmonics_backward<T>, Entry<T>::dens, Entry<T>::dens_backward, Entry<T>::conv,            \
+      Entry<T>::conv_backward, Entry<T>::poly, Entry<T>::poly_backward
+
+extern "C" const MdplugKernels* MDPLUG_JOIN(mdplug_kernels_, MDPLUG_ISA)() {
+  static const MdplugKernels table = {MDPLUG_STRING(MDPLUG_ISA), MDPLUG_ENTRIES(float), MDPLUG_ENTRIES(double)};
+  return &table;
+}

@@ -1,0 +1,339 @@
+// The kernels as operators of torch, namespace mdplug; schemas are explained in ../README.md.
+#include "api.h"
+#include "graph.h"
+#include "torch_shim.h"
+
+extern "C" {
+const MdplugKernels* mdplug_kernels_baseline();
+#ifdef MDPLUG_X86
+const MdplugKernels* mdplug_kernels_avx2();
+const MdplugKernels* mdplug_kernels_avx512();
+#endif
+}
+
+namespace mdplug {
+namespace {
+
+const MdplugKernels* choose() {
+#ifdef MDPLUG_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw"))
+    return mdplug_kernels_avx512();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return mdplug_kernels_avx2();
+#endif
+  return mdplug_kernels_baseline();
+}
+const MdplugKernels* kernels = choose();
+
+// The functions of one scalar type, by one name.
+template <class T>
+struct Of;
+#define MDPLUG_OF(T, S)                                                                                     \
+  template <>                                                                                               \
+  struct Of<T> {                                                                                            \
+    static auto harmonics() { return kernels->harmonics_##S; }                                              \
+    static auto harmonics_backward() { return kernels->harmonics_backward_##S; }                            \
+    static auto density() { return kernels->density_##S; }                                                  \
+    static auto density_backward() { return kernels->density_backward_##S; }                                \
+    static auto convolution() { return kernels->convolution_##S; }                                          \
+    static auto convolution_backward() { return kernels->convolution_backward_##S; }                        \
+    static auto polynomial() { return kernels->polynomial_##S; }                                            \
+    static auto polynomial_backward() { return kernels->polynomial_backward_##S; }                          \
+  };
+MDPLUG_OF(float, f32)
+MDPLUG_OF(double, f64)
+
+// Arguments from the stack, in order; every tensor is owned until the end of the call.
+class Arguments {
+ public:
+  explicit Arguments(StableIValue* stack) : stack_(stack) {}
+  Tensor& tensor() {
+    tensors_.reserve(32);
+    tensors_.emplace_back(stack_[next_++]);
+    return tensors_.back();
+  }
+  double real() { return to_double(stack_[next_++]); }
+  int64_t integer() { return to_int(stack_[next_++]); }
+
+ private:
+  StableIValue* stack_;
+  int next_ = 0;
+  std::vector<Tensor> tensors_;
+};
+
+template <class T>
+struct RadialArguments {
+  MdplugRadial radial;
+  int64_t block = 0, columns = 0;
+  RadialArguments(const Tensor& table, const Tensor& values, const Tensor& r, const Tensor& kind, double first,
+                  double step, int64_t per_kind) {
+    radial.table = table.data<T>("table");
+    radial.values = values.data<T>("values");
+    radial.r = r.data<T>("r");
+    radial.kind = kind.data<int32_t>("kind");
+    radial.first = first;
+    radial.step = step;
+    radial.per_kind = per_kind;
+    radial.rows = 0;
+  }
+};
+
+template <class T>
+void graph(StableIValue* stack, const Tensor& pairs, const Tensor& vectors, const Tensor& place, int64_t n_owned,
+           double cutoff) {
+  const int64_t n = vectors.size(0), atoms = place.numel();
+  Graph<T> g(n, pairs.data<int64_t>("pairs"), vectors.data<T>("vectors"), place.data<int32_t>("place"), n_owned, atoms,
+             T(cutoff));
+  const int64_t p = g.n_pairs;
+  Tensor v = Tensor::empty<T>({p, 3}), r = Tensor::empty<T>({p}), receiver = Tensor::empty<int32_t>({p}),
+         sender = Tensor::empty<int32_t>({p}), first = Tensor::empty<int32_t>({n_owned + 1}),
+         pair = Tensor::empty<int32_t>({p}), first_sent = Tensor::empty<int32_t>({atoms + 1}),
+         origin = Tensor::empty<int64_t>({p});
+  std::memcpy(first.data<int32_t>("first"), g.first.data(), sizeof(int32_t) * (n_owned + 1));
+  g.fill(v.data<T>("v"), r.data<T>("r"), receiver.data<int32_t>("receiver"), sender.data<int32_t>("sender"),
+         origin.data<int64_t>("origin"), pair.data<int32_t>("pair"), first_sent.data<int32_t>("first_sent"));
+  Tensor* out[] = {&v, &r, &receiver, &sender, &first, &pair, &first_sent, &origin};
+  for (int i = 0; i < 8; ++i) stack[i] = out[i]->release();
+}
+
+void op_graph(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor &pairs = a.tensor(), &vectors = a.tensor(), &place = a.tensor();
+  const int64_t n_owned = a.integer();
+  const double cutoff = a.real();
+  vectors.is_float32() ? graph<float>(stack, pairs, vectors, place, n_owned, cutoff)
+                       : graph<double>(stack, pairs, vectors, place, n_owned, cutoff);
+}
+
+template <class T>
+Tensor harmonics(const Tensor& vectors, const Tensor& r, const Tensor& left, const Tensor& right, const Tensor& table,
+                 int64_t l_max, const Tensor* grad, const Tensor* grad_r) {
+  const int64_t n = r.numel(), m = (l_max + 1) * (l_max + 1);
+  Tensor out = grad ? Tensor::empty<T>({n, 3}) : Tensor::empty<T>({n, m});
+  const int32_t *l = left.data<int32_t>("left"), *k = right.data<int32_t>("right");
+  const T *t = table.data<T>("table"), *v = vectors.data<T>("vectors"), *d = r.data<T>("r");
+  const int rows = int(table.size(0));
+  if (grad)
+    Of<T>::harmonics_backward()(n, int(l_max), rows, l, k, t, v, d, grad->data<T>("grad"), grad_r->data<T>("grad_r"),
+                                out.data<T>("out"), parallel);
+  else
+    Of<T>::harmonics()(n, int(l_max), rows, l, k, t, v, d, out.data<T>("out"), parallel);
+  return out;
+}
+
+void op_harmonics(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor &v = a.tensor(), &r = a.tensor(), &left = a.tensor(), &right = a.tensor(), &table = a.tensor();
+  const int64_t l_max = a.integer();
+  Tensor out = r.is_float32() ? harmonics<float>(v, r, left, right, table, l_max, nullptr, nullptr)
+                              : harmonics<double>(v, r, left, right, table, l_max, nullptr, nullptr);
+  stack[0] = out.release();
+}
+
+void op_harmonics_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor &v = a.tensor(), &r = a.tensor(), &left = a.tensor(), &right = a.tensor(), &table = a.tensor();
+  const int64_t l_max = a.integer();
+  Tensor &grad = a.tensor(), &grad_r = a.tensor();
+  Tensor out = r.is_float32() ? harmonics<float>(v, r, left, right, table, l_max, &grad, &grad_r)
+                              : harmonics<double>(v, r, left, right, table, l_max, &grad, &grad_r);
+  stack[0] = out.release();
+}
+
+template <class T>
+void density(StableIValue* stack, Arguments& a, const Tensor& harmonics, bool backward) {
+  Tensor &table = a.tensor(), &values = a.tensor(), &r = a.tensor(), &kind = a.tensor(), &species = a.tensor(),
+         &first = a.tensor();
+  const int64_t kinds = a.integer(), begin = a.integer(), end = a.integer();
+  const double knot = a.real(), step = a.real();
+  const int64_t per_kind = a.integer();
+  RadialArguments<T> radial(table, values, r, kind, knot, step, per_kind);
+  const int64_t b = radial.radial.table ? table.size(-1) : values.size(-1), m = harmonics.size(1);
+  const int32_t* starts = first.data<int32_t>("first");
+  const T* y = harmonics.data<T>("harmonics");
+  const int32_t* z = species.data<int32_t>("species");
+  if (!backward) {
+    Tensor out = Tensor::empty<T>({m, end - begin, kinds * b});
+    Of<T>::density()(begin, end, b, m, kinds, y, &radial.radial, z, starts, out.data<T>("out"), parallel);
+    stack[0] = out.release();
+    return;
+  }
+  Tensor& grad = a.tensor();
+  const int64_t n = starts[end] - starts[begin];
+  Tensor dy = Tensor::empty<T>({n, m});
+  Tensor dr = radial.radial.table ? Tensor::empty<T>({n}) : Tensor::empty<T>({n, b});
+  Of<T>::density_backward()(begin, end, b, m, kinds, y, &radial.radial, z, starts, grad.data<T>("grad"),
+                            dy.data<T>("dy"), dr.data<T>("dr"), parallel);
+  stack[0] = dy.release();
+  stack[1] = dr.release();
+}
+
+void op_density(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor& y = a.tensor();
+  y.is_float32() ? density<float>(stack, a, y, false) : density<double>(stack, a, y, false);
+}
+
+void op_density_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor& y = a.tensor();
+  y.is_float32() ? density<float>(stack, a, y, true) : density<double>(stack, a, y, true);
+}
+
+template <class T>
+void convolution(StableIValue* stack, Arguments& a, const Tensor& sent, bool backward) {
+  Tensor &harmonics = a.tensor(), &table = a.tensor(), &values = a.tensor(), &r = a.tensor(), &kind = a.tensor(),
+         &other = a.tensor();
+  Tensor* pair = backward ? &a.tensor() : nullptr;
+  Tensor &first = a.tensor(), &paths = a.tensor(), &coupling = a.tensor(), &coefficient = a.tensor();
+  const int64_t begin = a.integer(), end = a.integer();
+  const double knot = a.real(), step = a.real();
+  const int64_t per_kind = a.integer();
+  RadialArguments<T> radial(table, values, r, kind, knot, step, per_kind);
+  MdplugConvolution shape;
+  shape.k = sent.size(2);
+  shape.n_paths = paths.size(0);
+  shape.n_coupling = coupling.size(0);
+  shape.l_in = shape.l_max = 0;
+  while ((shape.l_in + 1) * (shape.l_in + 1) < sent.size(0)) ++shape.l_in;
+  while ((shape.l_max + 1) * (shape.l_max + 1) < harmonics.size(1)) ++shape.l_max;
+  shape.paths = paths.data<int32_t>("paths");
+  shape.coupling = coupling.data<int32_t>("coupling");
+  shape.coefficient = coefficient.data<double>("coefficient");
+  shape.block = 64 / int64_t(sizeof(T));
+  if (radial.radial.table) {
+    shape.block = table.size(-1);
+    radial.radial.rows = table.size(1);
+    if (shape.block != 64 / int64_t(sizeof(T)) && shape.block != 128 / int64_t(sizeof(T)))
+      throw std::runtime_error("mdplug kernels: the radial table has another width than the kernels");
+  }
+  const int32_t* starts = first.data<int32_t>("first");
+  const T *h = sent.data<T>("sent"), *y = harmonics.data<T>("harmonics");
+  const int64_t n = end - begin, pairs = starts[end] - starts[begin];
+  if (!backward) {
+    int64_t rows = 0;
+    for (int64_t p = 0; p < shape.n_paths; ++p) rows += 2 * shape.paths[3 * p + 2] + 1;
+    Tensor out = Tensor::empty<T>({rows * n * shape.k});
+    Of<T>::convolution()(&shape, sent.size(1), begin, end, h, y, &radial.radial, other.data<int32_t>("sender"), starts,
+                         out.data<T>("out"), parallel);
+    stack[0] = out.release();
+    return;
+  }
+  Tensor& grad = a.tensor();
+  const int64_t n_receivers = a.integer();
+  if (radial.radial.table && pairs != r.numel())
+    throw std::runtime_error("mdplug kernels: with a radial table the adjoint takes all senders at once");
+  Tensor dh = Tensor::empty<T>({sent.size(0), n, shape.k}), dy = Tensor::empty<T>({pairs, harmonics.size(1)});
+  Tensor dr = radial.radial.table ? Tensor::empty<T>({pairs}) : Tensor::empty<T>({pairs, shape.n_paths, shape.k});
+  Of<T>::convolution_backward()(&shape, sent.size(1), n_receivers, begin, end, h, y, &radial.radial,
+                                other.data<int32_t>("receiver"), pair->data<int32_t>("pair"), starts,
+                                grad.data<T>("grad"), dh.data<T>("dh"), dy.data<T>("dy"), dr.data<T>("dr"), parallel);
+  stack[0] = dh.release();
+  stack[1] = dy.release();
+  stack[2] = dr.release();
+}
+
+void op_convolution(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor& sent = a.tensor();
+  sent.is_float32() ? convolution<float>(stack, a, sent, false) : convolution<double>(stack, a, sent, false);
+}
+
+void op_convolution_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor& sent = a.tensor();
+  sent.is_float32() ? convolution<float>(stack, a, sent, true) : convolution<double>(stack, a, sent, true);
+}
+
+template <class T>
+Tensor polynomial(Arguments& a, const Tensor& inputs, bool backward) {
+  Tensor &coefficients = a.tensor(), &kind = a.tensor(), &nodes = a.tensor(), &term = a.tensor(), &starts = a.tensor();
+  MdplugPolynomial shape;
+  const int64_t n = inputs.size(1), k = inputs.size(2);
+  shape.n_inputs = inputs.size(0);
+  shape.n_nodes = nodes.size(0);
+  shape.n_terms = term.numel();
+  shape.n_outputs = starts.numel() - 1;
+  shape.nodes = nodes.data<int32_t>("nodes");
+  shape.term = term.data<int32_t>("term");
+  shape.starts = starts.data<int32_t>("starts");
+  const T *x = inputs.data<T>("inputs"), *c = coefficients.data<T>("coefficients");
+  const int32_t* z = kind.data<int32_t>("kind");
+  if (!backward) {
+    Tensor out = Tensor::empty<T>({shape.n_outputs, n, k});
+    Of<T>::polynomial()(&shape, n, k, x, c, z, out.data<T>("out"), parallel);
+    return out;
+  }
+  Tensor& grad = a.tensor();
+  Tensor out = Tensor::empty<T>({shape.n_inputs, n, k});
+  Of<T>::polynomial_backward()(&shape, n, k, x, c, z, grad.data<T>("grad"), out.data<T>("out"), parallel);
+  return out;
+}
+
+void op_polynomial(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor& x = a.tensor();
+  Tensor out = x.is_float32() ? polynomial<float>(a, x, false) : polynomial<double>(a, x, false);
+  stack[0] = out.release();
+}
+
+void op_polynomial_backward(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor& x = a.tensor();
+  Tensor out = x.is_float32() ? polynomial<float>(a, x, true) : polynomial<double>(a, x, true);
+  stack[0] = out.release();
+}
+
+#define MDPLUG_RADIAL "Tensor table, Tensor values, Tensor r, Tensor kind, "
+#define MDPLUG_KNOTS "int begin, int end, float first_knot, float step, int per_kind"
+
+struct Registration {
+  Registration() {
+    struct Operator {
+      const char *name, *arguments, *results;
+      void (*function)(StableIValue*, uint64_t, uint64_t);
+    };
+    const Operator operators[] = {
+        {"graph", "Tensor pairs, Tensor vectors, Tensor place, int n_owned, float cutoff",
+         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", op_graph},
+        {"harmonics", "Tensor vectors, Tensor r, Tensor left, Tensor right, Tensor table, int l_max", "Tensor",
+         op_harmonics},
+        {"harmonics_backward",
+         "Tensor vectors, Tensor r, Tensor left, Tensor right, Tensor table, int l_max, Tensor grad, Tensor grad_r",
+         "Tensor", op_harmonics_backward},
+        {"density", "Tensor harmonics, " MDPLUG_RADIAL "Tensor species, Tensor first, int kinds, " MDPLUG_KNOTS,
+         "Tensor", op_density},
+        {"density_backward",
+         "Tensor harmonics, " MDPLUG_RADIAL "Tensor species, Tensor first, int kinds, " MDPLUG_KNOTS ", Tensor grad",
+         "(Tensor, Tensor)", op_density_backward},
+        {"convolution",
+         "Tensor sent, Tensor harmonics, " MDPLUG_RADIAL
+         "Tensor sender, Tensor first, Tensor paths, Tensor coupling, Tensor coefficient, " MDPLUG_KNOTS,
+         "Tensor", op_convolution},
+        {"convolution_backward",
+         "Tensor sent, Tensor harmonics, " MDPLUG_RADIAL
+         "Tensor receiver, Tensor pair, Tensor first, Tensor paths, Tensor coupling, Tensor coefficient, " MDPLUG_KNOTS
+         ", Tensor grad, int n_receivers",
+         "(Tensor, Tensor, Tensor)", op_convolution_backward},
+        {"polynomial", "Tensor inputs, Tensor coefficients, Tensor kind, Tensor nodes, Tensor term, Tensor starts",
+         "Tensor", op_polynomial},
+        {"polynomial_backward",
+         "Tensor inputs, Tensor coefficients, Tensor kind, Tensor nodes, Tensor term, Tensor starts, Tensor grad",
+         "Tensor", op_polynomial_backward},
+    };
+    TorchLibraryHandle define, implement;
+    check(aoti_torch_library_init_fragment("mdplug", __FILE__, __LINE__, &define), "the namespace");
+    check(aoti_torch_library_init_impl("mdplug", "CPU", __FILE__, __LINE__, &implement), "the CPU key");
+    for (const Operator& o : operators) {
+      const std::string schema = std::string(o.name) + "(" + o.arguments + ") -> " + o.results;
+      check(aoti_torch_library_def(define, schema.c_str()), o.name);
+      check(aoti_torch_library_impl(implement, o.name, o.function), o.name);
+    }
+  }
+} registration;
+
+}  // namespace
+}  // namespace mdplug
+
+extern "C" __attribute__((visibility("default"))) const char* mdplug_instruction_set() { return mdplug::kernels->name; }

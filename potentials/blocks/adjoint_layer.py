@@ -1,0 +1,399 @@
+"""One layer of MACE on the kernels: forward pass, and its adjoint in explicit form."""
+
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mdplug.potentials.blocks.contraction import sparse_polynomial
+from mdplug.potentials.blocks.harmonics import real_3j
+from mdplug.potentials.blocks.interaction import GatedMessenger
+from mdplug.potentials.blocks.tables import FIRST_KNOT
+
+ops: Any = torch.ops.mdplug
+AT_A_TIME = 2**24  # numbers of radial functions held at a time where they are not tabulated
+
+
+class Atoms(NamedTuple):
+    """Owned atoms sorted by species; does not change while nothing but positions does.
+
+    Attributes:
+        n: owned atoms. order: (n,) sorted place -> atom. place: (N,) int32 atom -> sorted place, ghosts as they are.
+        species: (N,) int64, in sorted order. kind: (N,) int32, place of the species in `present`.
+        present: species that occur among all atoms. groups: (species, begin, end) of the owned atoms.
+    """
+
+    n: int
+    order: Tensor
+    place: Tensor
+    species: Tensor
+    species32: Tensor
+    kind: Tensor
+    present: Tuple[int, ...]
+    groups: Tuple[Tuple[int, int, int], ...]
+
+
+class Graph(NamedTuple):
+    """Pairs inside the cutoff, sorted by receiver; what the operator `graph` returns, and harmonics.
+
+    Attributes:
+        r: (P,) A. receiver, sender: (P,) int32 sorted places. first: (n + 1,) int32. pair: (P,) int32 pairs by sender;
+        first_sent: (N + 1,) int32. harmonics: (P, (l_max+1)^2). table_kind: (P,) int32 or empty.
+    """
+
+    r: Tensor
+    receiver: Tensor
+    sender: Tensor
+    first: Tensor
+    pair: Tensor
+    first_sent: Tensor
+    harmonics: Tensor
+    table_kind: Tensor
+
+
+class LayerRadial(NamedTuple):
+    """Radial functions of one layer: a table (see `knots`), or columns (P, b) with their weight (b, P, k)."""
+
+    table: Tensor
+    columns: Tensor
+    weight: Tensor
+    step: float
+    per_kind: int
+
+
+class Gradients:
+    """Cotangents of what pairs hold, summed over the layers."""
+
+    def __init__(self, graph: Graph):
+        self.harmonics = torch.zeros_like(graph.harmonics)
+        self.r = torch.zeros_like(graph.r)
+        self.columns: Dict[int, Tensor] = {}
+        self.density: Dict[int, Tensor] = {}
+
+
+class KernelLayer(nn.Module):
+    """Layer t of a MACE.
+
+    Args:
+        model: the MACE; its weights are copied.
+    """
+
+    def __init__(self, model: Any, t: int):
+        super().__init__()
+        layer = model.layers[t]
+        messenger = layer.messenger
+        self.t, self.source = t, layer
+        self.gated = isinstance(messenger, GatedMessenger)
+        self.by_species, self.has_density = messenger.by_species, messenger.has_density
+        self.l_max, self.channels = messenger.l_max, model.embedding.shape[1]
+        self.edge_channels = layer.up.shape[2]
+        self.table = layer.send(model.embedding.unsqueeze(0)).squeeze(0) if t == 0 else None
+        self.paths: List[Tuple[int, int, int]] = list(messenger.messages.paths)
+        self.widths = [sum(1 for p in self.paths if p[2] == ell) * self.edge_channels for ell in range(self.l_max + 1)]
+        index, value = coupling(self.paths)
+        self.register_buffer("path_table", torch.tensor(self.paths, dtype=torch.int32), persistent=False)
+        self.register_buffer("coupling", torch.from_numpy(index), persistent=False)
+        self.coefficient = torch.from_numpy(value)  # float64 whatever the model is
+        nodes, term, starts, coefficients = sparse_polynomial(layer.product)
+        self.register_buffer("nodes", torch.from_numpy(nodes), persistent=False)
+        self.register_buffer("term", torch.from_numpy(term), persistent=False)
+        self.register_buffer("starts", torch.from_numpy(starts), persistent=False)
+        self.register_buffer("coefficients", coefficients, persistent=False)
+        self.agnostic = coefficients.shape[0] == 1
+        self._weights: Dict[Tuple[int, ...], List[List[Tensor]]] = {}
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def linear(self, radial: LayerRadial, atoms: Atoms) -> List[List[Tensor]]:
+        """For each group of receivers, for each l, the matrix that follows the messages (rows, K)."""
+        key = (*atoms.present, -1, *(g[0] for g in atoms.groups))
+        if key not in self._weights:
+            self._weights = {key: [self._linear(radial, atoms.present, species) for species, _, _ in atoms.groups]}
+        return self._weights[key]
+
+    def _linear(self, radial: LayerRadial, present: Tuple[int, ...], receiver: int) -> List[Tensor]:
+        messenger: Any = self.source.messenger
+        out = []
+        for ell in range(self.l_max + 1):
+            if self.by_species:  # path l is (0, l, l); rows: kind of the sender, feature
+                assert self.table is not None
+                rows = torch.einsum("zk,bk->zbk", self.table[list(present)], radial.weight[:, ell]).flatten(0, 1)
+                matrix = rows @ messenger.linear[ell]
+            else:
+                chosen = [p for p, path in enumerate(self.paths) if path[2] == ell]
+                matrix = messenger.linear[chosen].flatten(0, 1)
+            if messenger.has_skip:
+                matrix = matrix @ messenger.skip[ell, receiver]
+            out.append(matrix.contiguous())
+        return out
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        features: Tensor,
+        sent: Optional[Tensor],
+        radial: LayerRadial,
+        graph: Graph,
+        atoms: Atoms,
+        rho: Optional[Tensor],
+    ) -> Tuple[Tensor, List[Any]]:
+        """New features ((l_out+1)^2, n, K), and what `backward` needs.
+
+        Args:
+            features: ((l_in+1)^2, n, K) sorted. sent: ((edge_l+1)^2, N, k) of all atoms; None where the element says all.
+            rho: (n,) density.
+        """
+        saved: List[Any] = []
+        parts: List[Tensor] = []
+        linear = None if self.gated else self.linear(radial, atoms)
+        for g, (species, begin, end) in enumerate(atoms.groups):
+            messages = self.messages(sent, radial, graph, atoms, begin, end)
+            norm = None
+            if self.gated:
+                mixed, tape = self._gated(messages, sent, rho, begin, end)
+            else:
+                assert linear is not None
+                mixed = messages[0].new_empty((self.l_max + 1) ** 2, end - begin, self.channels)
+                for ell, message in enumerate(messages):
+                    into = mixed[ell * ell : (ell + 1) ** 2].view(-1, self.channels)
+                    torch.mm(message.view(-1, message.shape[2]), linear[g][ell], out=into)
+                if rho is not None:
+                    norm = 1.0 / (rho[begin:end] + 1.0).view(1, -1, 1)
+                    mixed.mul_(norm)
+                tape = norm
+            product = ops.polynomial(mixed, self.coefficients, self._kinds(atoms, begin, end), self.nodes, self.term, self.starts)  # fmt: skip
+            out = per_irrep(product, self.source.mix)
+            if self.source.has_skip:
+                add_per_irrep(out, features[:, begin:end], self._skip(species))
+            saved.append((mixed, tape))
+            parts.append(out)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), saved
+
+    def _kinds(self, atoms: Atoms, begin: int, end: int) -> Tensor:
+        return torch.zeros_like(atoms.species32[begin:end]) if self.agnostic else atoms.species32[begin:end]
+
+    def _skip(self, species: int) -> Tensor:
+        return self.source.skip[:, species] if self.source.skip_by_species else self.source.skip
+
+    def messages(
+        self, sent: Optional[Tensor], radial: LayerRadial, graph: Graph, atoms: Atoms, begin: int, end: int
+    ) -> List[Tensor]:
+        """Sums over the neighbours of some receivers: per l, (2l+1, n, rows of `linear`)."""
+        first, last = (int(graph.first[begin]), int(graph.first[end])) if radial.table.numel() == 0 else (0, 0)
+        if sent is None:
+            density = ops.density(
+                graph.harmonics, radial.table, radial.columns[first:last], graph.r, graph.table_kind,
+                atoms.kind.index_select(0, graph.sender), graph.first, len(atoms.present), begin, end, FIRST_KNOT,
+                radial.step, radial.per_kind,
+            )  # fmt: skip
+            return [density[ell * ell : (ell + 1) ** 2] for ell in range(self.l_max + 1)]
+        n = end - begin
+        if radial.table.numel():
+            flat = self._convolve(sent, radial, radial.columns, graph, begin, end)
+            return self._split(flat, n)
+        pieces: List[List[Tensor]] = []
+        for a, b in self._chunks(graph.first, begin, end):
+            values = self._values(radial, radial.columns[int(graph.first[a]) : int(graph.first[b])])
+            pieces.append(self._split(self._convolve(sent, radial, values, graph, a, b), b - a))
+        return [torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True)]
+
+    def _values(self, radial: LayerRadial, columns: Tensor) -> Tensor:
+        return torch.mm(columns, radial.weight.flatten(1))
+
+    def _chunks(self, first: Tensor, begin: int, end: int) -> List[Tuple[int, int]]:
+        """Ranges of atoms with at most AT_A_TIME radial functions of their pairs."""
+        if end == begin:
+            return [(begin, end)]
+        most = max(AT_A_TIME // (len(self.paths) * self.edge_channels), 1)
+        marks = first[begin : end + 1].tolist()
+        out, a = [], 0
+        for b in range(1, len(marks)):
+            if b == len(marks) - 1 or marks[b + 1] - marks[a] > most:
+                out.append((begin + a, begin + b))
+                a = b
+        return out
+
+    def _convolve(
+        self, sent: Tensor, radial: LayerRadial, values: Tensor, graph: Graph, begin: int, end: int
+    ) -> Tensor:
+        return ops.convolution(
+            sent, graph.harmonics, radial.table, values, graph.r, graph.table_kind, graph.sender, graph.first,
+            self.path_table, self.coupling, self.coefficient, begin, end, FIRST_KNOT, radial.step, radial.per_kind,
+        )  # fmt: skip
+
+    def _split(self, flat: Tensor, n: int) -> List[Tensor]:
+        sizes = [(2 * ell + 1) * n * width for ell, width in enumerate(self.widths)]
+        parts = torch.split(flat, sizes)
+        return [part.view(2 * ell + 1, n, self.widths[ell]) for ell, part in enumerate(parts)]
+
+    def _gated(
+        self, messages: List[Tensor], sent: Optional[Tensor], rho: Optional[Tensor], begin: int, end: int
+    ) -> Tuple[Tensor, Any]:
+        """Gates by a small tape of their own: they are element-wise."""
+        assert sent is not None and rho is not None
+        messenger: Any = self.source.messenger
+        with torch.enable_grad():
+            leaves = [*messages, sent[:, begin:end].detach(), rho[begin:end].detach()]
+            leaves = [leaf.detach().requires_grad_(True) for leaf in leaves]
+            norm = (1.0 / (messenger.beta * leaves[-1] + messenger.alpha)).view(1, -1, 1)
+            by_path = [part for m in leaves[:-2] for part in torch.split(m, self.edge_channels, dim=2)]
+            mixed = messenger.combine(by_path, leaves[-2], norm)
+        return mixed.detach().contiguous(), (mixed, leaves)
+
+    # --- adjoint -----------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        grad: Tensor,
+        saved: List[Any],
+        features: Tensor,
+        sent: Optional[Tensor],
+        radial: LayerRadial,
+        graph: Graph,
+        atoms: Atoms,
+        rho: Optional[Tensor],
+        gradients: Gradients,
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Cotangents of `features` and `sent`; those of the pairs are added to `gradients`.
+
+        Args:
+            grad: ((l_out+1)^2, n, K).
+        """
+        grad_features = torch.zeros_like(features)
+        grad_own = None if sent is None or not self.gated else torch.zeros_like(sent)
+        grad_rho = None if rho is None else torch.zeros_like(rho)
+        flat = [grad.new_empty(2 * ell + 1, atoms.n, w) for ell, w in enumerate(self.widths)] if sent is not None else []
+        linear = None if self.gated else self.linear(radial, atoms)
+        mix = self.source.mix.transpose(1, 2)
+        for g, (species, begin, end) in enumerate(atoms.groups):
+            mixed, tape = saved[g]
+            of_group = grad[:, begin:end]
+            if self.source.has_skip:
+                add_per_irrep(grad_features[:, begin:end], of_group, self._skip(species).transpose(1, 2))
+            d_mixed = ops.polynomial_backward(
+                mixed, self.coefficients, self._kinds(atoms, begin, end), self.nodes, self.term, self.starts,
+                per_irrep(of_group, mix),
+            )  # fmt: skip
+            if self.gated:
+                out, leaves = tape
+                *d_messages, d_own, d_rho = torch.autograd.grad(out, leaves, d_mixed)
+                assert grad_own is not None and grad_rho is not None
+                grad_own[:, begin:end] += d_own
+                grad_rho[begin:end] = d_rho
+                for ell, message in enumerate(d_messages):
+                    flat[ell][:, begin:end] = message
+                continue
+            assert linear is not None
+            if tape is not None:
+                assert grad_rho is not None
+                grad_rho[begin:end] = -(d_mixed * mixed * tape).sum(dim=(0, 2))
+                d_mixed.mul_(tape)
+            if sent is None:
+                self._density_backward(d_mixed, linear[g], radial, graph, atoms, begin, end, gradients)
+            else:
+                for ell in range(self.l_max + 1):
+                    rows = d_mixed[ell * ell : (ell + 1) ** 2]
+                    torch.matmul(rows, linear[g][ell].t(), out=flat[ell]) if len(atoms.groups) == 1 else flat[ell][
+                        :, begin:end
+                    ].copy_(torch.matmul(rows, linear[g][ell].t()))
+        if grad_rho is not None:
+            gradients.density[self.t] = grad_rho
+        if sent is None:
+            return grad_features, None
+        grad_sent = self._convolve_backward(torch.cat([f.flatten() for f in flat]), sent, radial, graph, gradients)
+        return grad_features, grad_sent if grad_own is None else grad_sent + grad_own
+
+    def _density_backward(
+        self,
+        d_mixed: Tensor,
+        linear: List[Tensor],
+        radial: LayerRadial,
+        graph: Graph,
+        atoms: Atoms,
+        begin: int,
+        end: int,
+        gradients: Gradients,
+    ) -> None:
+        width = linear[0].shape[0]
+        d_density = d_mixed.new_empty(d_mixed.shape[0], end - begin, width)
+        for ell, matrix in enumerate(linear):
+            rows = d_mixed[ell * ell : (ell + 1) ** 2].view(-1, self.channels)
+            torch.mm(rows, matrix.t(), out=d_density[ell * ell : (ell + 1) ** 2].view(-1, width))
+        first, last = int(graph.first[begin]), int(graph.first[end])
+        d_harmonics, d_radial = ops.density_backward(
+            graph.harmonics, radial.table, radial.columns[first:last], graph.r, graph.table_kind,
+            atoms.kind.index_select(0, graph.sender), graph.first, len(atoms.present), begin, end, FIRST_KNOT,
+            radial.step, radial.per_kind, d_density,
+        )  # fmt: skip
+        gradients.harmonics[first:last] += d_harmonics
+        if radial.table.numel():
+            gradients.r[first:last] += d_radial
+        else:
+            if self.t not in gradients.columns:
+                gradients.columns[self.t] = torch.zeros_like(radial.columns)
+            gradients.columns[self.t][first:last] = d_radial
+
+    def _convolve_backward(
+        self, flat: Tensor, sent: Tensor, radial: LayerRadial, graph: Graph, gradients: Gradients
+    ) -> Tensor:
+        def run(values: Tensor, begin: int, end: int) -> Tuple[Tensor, Tensor, Tensor]:
+            return ops.convolution_backward(
+                sent, graph.harmonics, radial.table, values, graph.r, graph.table_kind, graph.receiver, graph.pair,
+                graph.first_sent, self.path_table, self.coupling, self.coefficient, begin, end, FIRST_KNOT, radial.step,
+                radial.per_kind, flat, graph.first.shape[0] - 1,
+            )  # fmt: skip
+
+        if radial.table.numel():
+            grad_sent, d_harmonics, d_radial = run(radial.columns, 0, sent.shape[1])
+            gradients.harmonics += d_harmonics
+            gradients.r += d_radial
+            return grad_sent
+        pieces: List[Tensor] = []
+        d_columns = torch.zeros_like(radial.columns)
+        weight = radial.weight.flatten(1)
+        for a, b in self._chunks(graph.first_sent, 0, sent.shape[1]):
+            pairs = graph.pair[int(graph.first_sent[a]) : int(graph.first_sent[b])].long()
+            values = self._values(radial, radial.columns.index_select(0, pairs))
+            grad_sent, d_harmonics, d_values = run(values, a, b)
+            pieces.append(grad_sent)
+            gradients.harmonics.index_add_(0, pairs, d_harmonics)
+            d_columns.index_copy_(0, pairs, torch.mm(d_values.flatten(1), weight.t()))
+        gradients.columns[self.t] = d_columns
+        return torch.cat(pieces, dim=1)
+
+
+def per_irrep(features: Tensor, weight: Tensor) -> Tensor:
+    """A matrix per irrep: ((L+1)^2, n, K) x (L'+1, K, K') -> ((L'+1)^2, n, K'), L' <= L."""
+    out = features.new_empty(weight.shape[0] ** 2, features.shape[1], weight.shape[2])
+    for ell in range(weight.shape[0]):
+        torch.matmul(features[ell * ell : (ell + 1) ** 2], weight[ell], out=out[ell * ell : (ell + 1) ** 2])
+    return out
+
+
+def add_per_irrep(out: Tensor, features: Tensor, weight: Tensor) -> None:
+    """Adds `per_irrep` to the first components of `out`, as far as `features` and `weight` go."""
+    for ell in range(weight.shape[0]):
+        rows = slice(ell * ell, (ell + 1) ** 2)
+        if (ell + 1) ** 2 > min(out.shape[0], features.shape[0]):
+            break
+        out[rows] += torch.matmul(features[rows], weight[ell])
+
+
+def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:
+    """Clebsch-Gordan terms of all paths, by output component.
+
+    Returns:
+        (n, 2) int32: outer component (path, m1, m2) and output component (path, m3); (n,) float64 coefficients.
+    """
+    index, value, outer, out = [], [], 0, 0
+    for l1, l2, l3 in paths:
+        block = np.sqrt(2 * l3 + 1) * real_3j(l1, l2, l3)
+        for m3 in range(2 * l3 + 1):
+            for m1, m2 in zip(*np.nonzero(np.abs(block[:, :, m3]) > 1e-12), strict=True):
+                index.append((outer + m1 * (2 * l2 + 1) + m2, out + m3))
+                value.append(block[m1, m2, m3])
+        outer += (2 * l1 + 1) * (2 * l2 + 1)
+        out += 2 * l3 + 1
+    return np.array(index, dtype=np.int32), np.array(value)

@@ -1,0 +1,333 @@
+"""MACE on the operators of mdplug.kernels, with its adjoint written out: energies and forces without a tape.
+
+The same function as `MACE` with the same weights. Atoms are sorted by element, so that everything that depends on it is
+a matrix product on a block of rows; pairs are sorted by receiver for the forward pass and by sender for the adjoint.
+"""
+
+import copy
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mdplug.errors import InputError
+from mdplug.potential import Potential
+from mdplug.potentials.blocks.adjoint_layer import Atoms, Gradients, Graph, KernelLayer, LayerRadial, add_per_irrep
+from mdplug.potentials.blocks.adjoint_layer import per_irrep
+from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
+from mdplug.potentials.mace import MACE
+
+ops: Any = torch.ops.mdplug
+
+
+class PairScalars(NamedTuple):
+    """What is a plain function of the distance, on a small tape of its own.
+
+    Attributes:
+        r: (P, 1) A, the leaf. repulsion: (n,) or None. densities, columns: by layer.
+    """
+
+    r: Tensor
+    repulsion: Optional[Tensor]
+    densities: Dict[int, Tensor]
+    columns: Dict[int, Tensor]
+
+
+class KernelMACE(Potential):
+    """A MACE for inference on the CPU.
+
+    Args:
+        mace: the definition, radial functions exact; it stays inside, for gradients of higher order.
+        tables: radial functions as cubic splines; False: exact.
+    """
+
+    has_written_adjoint = True
+
+    def __init__(self, mace: MACE, tables: bool):
+        super().__init__(mace.spec)
+        self.head = mace.head
+        self.definition = copy.deepcopy(mace).requires_grad_(False).eval()
+        self.tabulated = tables
+        left, right = self.definition.harmonics.products()
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+        self.layers: Any = nn.ModuleList([KernelLayer(self.definition, t) for t in range(len(mace.layers))])
+        self.table_error = 0.0
+        self.table_report: Dict[str, Any] = {}
+        self._species_matter = depends_on_species(mace.radial)
+        self._tables: Dict[Tuple[int, ...], Tables] = {}
+        self._numbers = torch.zeros(0, dtype=torch.int64)
+        self._atoms: Optional[Atoms] = None
+        if tables:
+            # Where elements matter, tables are made for those at hand; these two stand for the error.
+            self._tables_for((0,) if not self._species_matter else (0, mace.embedding.shape[0] - 1))
+
+    # --- forms -------------------------------------------------------------------------------------------------------
+
+    def with_tables(self) -> Potential:
+        """See `Potential.with_tables`."""
+        return self if self.tabulated else KernelMACE(self.definition, True)
+
+    def with_exact_radial(self) -> Potential:
+        """See `Potential.with_exact_radial`."""
+        return self.definition
+
+    def without_kernels(self) -> Potential:
+        """See `Potential.without_kernels`."""
+        plain = self.definition.with_tables() if self.tabulated else self.definition
+        plain.head, plain.origin = self.head, self.origin
+        return plain
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def local(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
+        """See `Potential.local`; where a gradient is wanted it is the definition that runs."""
+        arguments = (numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
+        if torch.is_grad_enabled() and vectors.requires_grad:
+            return self.definition.local(*arguments)
+        with torch.no_grad():
+            return self._evaluate(*arguments, gradient=False)
+
+    def local_with_gradient(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
+        """See `Potential.local_with_gradient`."""
+        with torch.no_grad():
+            return self._evaluate(
+                numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, gradient=True
+            )
+
+    def _evaluate(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+        gradient: bool,
+    ) -> Dict[str, Tensor]:
+        mace = self.definition
+        atoms = self._sorted(numbers, n_owned)
+        vec, r, receiver, sender, first, pair, first_sent, origin = ops.graph(
+            pairs, vectors, atoms.place, n_owned, float(mace.cutoff)
+        )
+        table, l_max = mace.harmonics.table, mace.harmonics.l_max
+        harmonics = ops.harmonics(vec, r, self.left, self.right, table, l_max)
+        tables = self._tables_for(atoms.present) if self.tabulated else None
+        table_kind = receiver.new_empty(0)
+        receiving = sending = r.new_empty(0, dtype=torch.int64)
+        if self._species_matter or mace.has_repulsion or not self.tabulated:
+            receiving, sending = atoms.species[receiver], atoms.species[sender]
+        if tables is not None and self._species_matter:
+            table_kind = tables.kind_of[receiving, sending]
+        graph = Graph(r, receiver, sender, first, pair, first_sent, harmonics, table_kind)
+        scalars = self._pair_scalars(tables, graph, receiving, sending, atoms.n, gradient)
+        radial = [self._layer_radial(t, tables, scalars) for t in range(len(self.layers))]
+
+        atom_head = head[system_index[atoms.order]]
+        scale = mace.scale[atom_head]
+        start = mace.embedding[atoms.species]
+        outside = torch.zeros_like(scale)
+        if mace.has_state:
+            sorted_index = system_index.clone()
+            sorted_index[: atoms.n] = system_index[atoms.order]
+            start = start + mace.state(total_charge, total_spin)[sorted_index]
+            if mace.reads_state:
+                outside = mace.state_readout(start[: atoms.n], atom_head)
+        energy = torch.zeros_like(scale) if scalars.repulsion is None else scalars.repulsion.detach()
+        features = [start[: atoms.n].unsqueeze(0)]
+        sent: List[Optional[Tensor]] = []
+        exchanged: List[Any] = []
+        saved: List[Any] = []
+        slopes: List[Tensor] = []
+        for t, layer in enumerate(self.layers):
+            out, tape = self._send(layer, start if t == 0 else features[t], n_owned, numbers.shape[0])
+            sent.append(out)
+            exchanged.append(tape)
+            new, kept = layer(features[t], out, radial[t], graph, atoms, scalars.densities.get(t))
+            features.append(new)
+            saved.append(kept if gradient else None)
+            with torch.enable_grad():
+                leaf = new[0].detach().requires_grad_(True)
+                read = mace.readouts[t](leaf, atom_head)
+            energy = energy + read.detach()
+            if gradient:
+                slope = torch.autograd.grad(read, leaf, scale)[0] if read.requires_grad else torch.zeros_like(leaf)
+                slopes.append(slope)
+        energy = scale * energy + mace.shift[atom_head] + outside
+        place = atoms.place[: atoms.n].long()
+        result = {
+            "atom_energy": energy[place],
+            "features": torch.cat([f[0] for f in features[1:]], dim=1)[place],
+        }
+        if gradient:
+            grad = self._adjoint(features, sent, exchanged, saved, slopes, radial, graph, atoms, scalars, scale, vec)
+            result["pair_gradient"] = vectors.new_zeros(vectors.shape).index_copy_(0, origin, grad)
+        return result
+
+    def _send(self, layer: KernelLayer, features: Tensor, n_owned: int, n_atoms: int) -> Tuple[Optional[Tensor], Any]:
+        """What neighbours see of all atoms, ((edge_l+1)^2, N, k), and the tape of the exchange where there was one."""
+        if layer.t == 0:  # no exchange: ghosts know their own species
+            return (None, None) if layer.by_species else (layer.source.send(features.unsqueeze(0)).contiguous(), None)
+        own = per_irrep(features, layer.source.up)
+        if n_atoms == n_owned:
+            return own, None
+        flat = own.transpose(0, 1).flatten(1)
+        leaf = torch.cat([flat, flat.new_zeros(n_atoms - n_owned, flat.shape[1])]).requires_grad_(True)
+        with torch.enable_grad():
+            filled = self.exchange(leaf, n_owned)
+        shape = (n_atoms, own.shape[0], own.shape[2])
+        return filled.detach().view(shape).transpose(0, 1).contiguous(), (leaf, filled)
+
+    def _adjoint(
+        self,
+        features: List[Tensor],
+        sent: List[Optional[Tensor]],
+        exchanged: List[Any],
+        saved: List[Any],
+        slopes: List[Tensor],
+        radial: List[LayerRadial],
+        graph: Graph,
+        atoms: Atoms,
+        scalars: PairScalars,
+        scale: Tensor,
+        vec: Tensor,
+    ) -> Tensor:
+        """(P, 3) dE/d(vectors)."""
+        gradients = Gradients(graph)
+        grad = torch.zeros_like(features[-1])
+        for t in range(len(self.layers) - 1, -1, -1):
+            layer = self.layers[t]
+            grad[0] += slopes[t]
+            grad, grad_sent = layer.backward(
+                grad, saved[t], features[t], sent[t], radial[t], graph, atoms, scalars.densities.get(t), gradients
+            )
+            saved[t] = None
+            if t > 0 and grad_sent is not None:
+                if exchanged[t] is not None:
+                    leaf, filled = exchanged[t]
+                    back = torch.autograd.grad(filled, leaf, grad_sent.transpose(0, 1).reshape(filled.shape))[0]
+                    grad_sent = back.view(-1, grad_sent.shape[0], grad_sent.shape[2]).transpose(0, 1)[:, : atoms.n]
+                add_per_irrep(grad, grad_sent, layer.source.up.transpose(1, 2))
+        outputs, cotangents = [], []
+        if scalars.repulsion is not None:
+            outputs.append(scalars.repulsion)
+            cotangents.append(scale)
+        for t, rho in scalars.densities.items():
+            outputs.append(rho)
+            cotangents.append(gradients.density[t])
+        for t, columns in scalars.columns.items():
+            outputs.append(columns)
+            cotangents.append(gradients.columns[t])
+        if outputs and graph.r.shape[0]:
+            gradients.r += torch.autograd.grad(outputs, scalars.r, cotangents)[0].squeeze(1)
+        harmonics = self.definition.harmonics
+        return ops.harmonics_backward(
+            vec, graph.r, self.left, self.right, harmonics.table, harmonics.l_max, gradients.harmonics, gradients.r
+        )
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _sorted(self, numbers: Tensor, n_owned: int) -> Atoms:
+        """Atoms by species; kept while numbers do not change.
+
+        Raises:
+            InputError: an element that the model does not know.
+        """
+        known = self._atoms
+        if known is not None and known.n == n_owned and torch.equal(numbers, self._numbers):
+            return known
+        species_of = self.definition.species_of
+        species = species_of[torch.clamp(numbers, max=species_of.shape[0] - 1)]
+        if bool(((species < 0) | (numbers >= species_of.shape[0])).any()):
+            raise InputError("an atom is of an element that the model does not know; see Spec.species")
+        order = torch.argsort(species[:n_owned], stable=True)
+        place = torch.arange(len(numbers), dtype=torch.int32)
+        place[order] = torch.arange(n_owned, dtype=torch.int32)
+        by_place = torch.cat([species[order], species[n_owned:]])
+        present = tuple(torch.unique(species).tolist())
+        kind_of = torch.zeros(species_of.max() + 1, dtype=torch.int32)
+        kind_of[list(present)] = torch.arange(len(present), dtype=torch.int32)
+        groups, begin = [], 0
+        for z in present:
+            count = int((by_place[:n_owned] == z).sum())
+            if count:
+                groups.append((z, begin, begin + count))
+                begin += count
+        if not groups:
+            groups.append((present[0] if present else 0, 0, 0))
+            present = present or (0,)
+        self._numbers = numbers.clone()
+        self._atoms = Atoms(
+            n_owned, order, place, by_place, by_place.to(torch.int32), kind_of[by_place], present, tuple(groups)
+        )
+        return self._atoms
+
+    def _tables_for(self, present: Tuple[int, ...]) -> Tables:
+        key = present if self._species_matter else ()
+        if key not in self._tables:
+            self._tables = {key: make_tables(self.definition, present)}
+            made = self._tables[key]
+            self.table_error = made.slope_error
+            self.table_report = {
+                "radial": "cubic splines",
+                "slope_error": made.slope_error,
+                "value_error": made.value_error,
+                "knots": made.per_kind - 1,
+            }
+        return self._tables[key]
+
+    def _pair_scalars(
+        self, tables: Optional[Tables], graph: Graph, receiving: Tensor, sending: Tensor, n: int, gradient: bool
+    ) -> PairScalars:
+        mace = self.definition
+        repulsion: Optional[Tensor] = None
+        densities: Dict[int, Tensor] = {}
+        columns: Dict[int, Tensor] = {}
+        with torch.set_grad_enabled(gradient):
+            r = graph.r.unsqueeze(1).requires_grad_(gradient)
+
+            def summed(values: Tensor) -> Tensor:
+                return values.new_zeros(n).index_add(0, graph.receiver, values)
+
+            if mace.has_repulsion:
+                repulsion = summed(mace.repulsion(r, receiving, sending))
+            dense = [layer.t for layer in self.layers if layer.has_density]
+            if tables is None:
+                for t, made in enumerate(mace.radial(r, receiving, sending)):
+                    b = self.layers[t].source.messenger.n_radial
+                    columns[t] = made[:, :b].contiguous()
+                    if t in dense:
+                        densities[t] = summed(made[:, b])
+            elif tables.densities is not None:
+                for t, made in zip(dense, tables.densities(r, receiving, sending), strict=True):
+                    densities[t] = summed(made.squeeze(1))
+        return PairScalars(r, repulsion, densities, columns)
+
+    def _layer_radial(self, t: int, tables: Optional[Tables], scalars: PairScalars) -> LayerRadial:
+        weight = self.definition.layers[t].messenger.radial_weight
+        if tables is None:
+            return LayerRadial(weight.new_empty(0), scalars.columns[t].detach(), weight, 1.0, 2)
+        table, reduced = tables.layers[t]
+        return LayerRadial(table, weight.new_empty(0), reduced, tables.step, tables.per_kind)
