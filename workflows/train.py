@@ -12,7 +12,7 @@ import io
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -155,7 +155,7 @@ def _train(config: Config, folder: RunFolder, progress: Progress) -> Result:
         progress(0, 0, note)
     record = {
         **provenance(),
-        "data_sha256": {Path(name).name: digest for name, digest in folder.hashes.items()},
+        "data_sha256": {short_name(name, folder.hashes): digest for name, digest in folder.hashes.items()},
         "seed": config.seed,
         "n_train": len(train),
         "n_valid": len(valid),
@@ -196,6 +196,12 @@ def _train(config: Config, folder: RunFolder, progress: Progress) -> Result:
     )  # fmt: skip
     folder.summary(**vars(result))
     return result
+
+
+def short_name(path: str, paths: Iterable[str]) -> str:
+    """A file's name, with its folder where another file of these has the same name."""
+    one = Path(path)
+    return one.name if sum(Path(p).name == one.name for p in paths) == 1 else f"{one.parent.name}/{one.name}"
 
 
 def split(config: Config) -> tuple[list[Labelled], list[Labelled], list[str]]:
