@@ -66,6 +66,7 @@ class Config(BaseConfig):
     reference_energies_eV: dict[str, float] | Literal["fit"] = Field("fit", description="by element, or least squares")
     level_of_theory: str = "unknown"
     licence: str = "unknown"
+    cite: tuple[str, ...] = Field((), description="what a user of the weights should cite")
     loss: LossConfig = LossConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     batch_pairs: int = Field(20000, ge=1, description="atom pairs per batch")
@@ -280,6 +281,7 @@ def _untrained(config: Config, loader: Loader, reference: dict[str, float], gene
         level_of_theory={"default": config.level_of_theory},
         atomic_energies={"default": reference},
         licence=config.licence,
+        cite=config.cite,
     )
     try:
         potential = architecture(path, config.name).untrained(spec, loader.statistics(), generator)
