@@ -38,7 +38,7 @@ class KernelMACE(Potential):
 
     Args:
         mace: the definition, radial functions exact; it stays inside, for gradients of higher order.
-        tables: radial functions as cubic splines; False: exact.
+        tables: radial functions as quintic splines; False: exact.
     """
 
     has_written_adjoint = True
@@ -129,7 +129,7 @@ class KernelMACE(Potential):
     ) -> Dict[str, Tensor]:
         mace = self.definition
         atoms = self._sorted(numbers, n_owned)
-        vec, r, receiver, sender, first, pair, first_sent, origin = ops.graph(
+        vec, r, receiver, sender, first, origin = ops.graph(
             pairs, vectors, atoms.place, n_owned, float(mace.cutoff)
         )
         table, l_max = mace.harmonics.table, mace.harmonics.l_max
@@ -141,7 +141,7 @@ class KernelMACE(Potential):
             receiving, sending = atoms.species[receiver], atoms.species[sender]
         if tables is not None and self._species_matter:
             table_kind = tables.kind_of[receiving, sending]
-        graph = Graph(r, receiver, sender, first, pair, first_sent, harmonics, table_kind)
+        graph = Graph(r, receiver, sender, first, harmonics, table_kind)
         scalars = self._pair_scalars(tables, graph, receiving, sending, atoms.n, gradient)
         radial = [self._layer_radial(t, tables, scalars) for t in range(len(self.layers))]
 
@@ -291,7 +291,7 @@ class KernelMACE(Potential):
             made = self._tables[key]
             self.table_error = made.slope_error
             self.table_report = {
-                "radial": "cubic splines",
+                "radial": "quintic splines",
                 "slope_error": made.slope_error,
                 "value_error": made.value_error,
                 "knots": made.per_kind - 1,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mdplug.potentials.blocks.contraction import sparse_polynomial
 from mdplug.potentials.blocks.harmonics import real_3j
 from mdplug.potentials.blocks.interaction import GatedMessenger
+from mdplug.potentials.blocks.knots import LANES, in_blocks
 from mdplug.potentials.blocks.tables import FIRST_KNOT
 
 ops: Any = torch.ops.mdplug
@@ -38,16 +39,14 @@ class Graph(NamedTuple):
     """Pairs inside the cutoff, sorted by receiver; what the operator `graph` returns, and harmonics.
 
     Attributes:
-        r: (P,) A. receiver, sender: (P,) int32 sorted places. first: (n + 1,) int32. pair: (P,) int32 pairs by sender;
-        first_sent: (N + 1,) int32. harmonics: (P, (l_max+1)^2). table_kind: (P,) int32 or empty.
+        r: (P,) A. receiver, sender: (P,) int32 sorted places. first: (n + 1,) int32. harmonics: (P, (l_max+1)^2).
+        table_kind: (P,) int32 or empty.
     """
 
     r: Tensor
     receiver: Tensor
     sender: Tensor
     first: Tensor
-    pair: Tensor
-    first_sent: Tensor
     harmonics: Tensor
     table_kind: Tensor
 
@@ -99,7 +98,7 @@ class KernelLayer(nn.Module):
         self.register_buffer("nodes", torch.from_numpy(nodes), persistent=False)
         self.register_buffer("term", torch.from_numpy(term), persistent=False)
         self.register_buffer("starts", torch.from_numpy(starts), persistent=False)
-        self.register_buffer("coefficients", coefficients, persistent=False)
+        self.register_buffer("coefficients", in_blocks(coefficients, LANES[coefficients.dtype]), persistent=False)
         self.agnostic = coefficients.shape[0] == 1
         self._weights: Dict[Tuple[int, ...], List[List[Tensor]]] = {}
 
@@ -264,7 +263,7 @@ class KernelLayer(nn.Module):
         grad_features = torch.zeros_like(features)
         grad_own = None if sent is None or not self.gated else torch.zeros_like(sent)
         grad_rho = None if rho is None else torch.zeros_like(rho)
-        flat = [grad.new_empty(2 * ell + 1, atoms.n, w) for ell, w in enumerate(self.widths)] if sent is not None else []
+        grad_sent = None
         linear = None if self.gated else self.linear(radial, atoms)
         mix = self.source.mix.transpose(1, 2)
         for g, (species, begin, end) in enumerate(atoms.groups):
@@ -282,8 +281,8 @@ class KernelLayer(nn.Module):
                 assert grad_own is not None and grad_rho is not None
                 grad_own[:, begin:end] += d_own
                 grad_rho[begin:end] = d_rho
-                for ell, message in enumerate(d_messages):
-                    flat[ell][:, begin:end] = message
+                part = self._convolve_backward(d_messages, sent, radial, graph, begin, end, gradients)  # type: ignore[arg-type]
+                grad_sent = part if grad_sent is None else grad_sent + part
                 continue
             assert linear is not None
             if tape is not None:
@@ -293,17 +292,17 @@ class KernelLayer(nn.Module):
             if sent is None:
                 self._density_backward(d_mixed, linear[g], radial, graph, atoms, begin, end, gradients)
             else:
-                for ell in range(self.l_max + 1):
-                    rows = d_mixed[ell * ell : (ell + 1) ** 2]
-                    torch.matmul(rows, linear[g][ell].t(), out=flat[ell]) if len(atoms.groups) == 1 else flat[ell][
-                        :, begin:end
-                    ].copy_(torch.matmul(rows, linear[g][ell].t()))
+                d_messages = [
+                    torch.matmul(d_mixed[ell * ell : (ell + 1) ** 2], linear[g][ell].t())
+                    for ell in range(self.l_max + 1)
+                ]
+                part = self._convolve_backward(d_messages, sent, radial, graph, begin, end, gradients)
+                grad_sent = part if grad_sent is None else grad_sent + part
         if grad_rho is not None:
             gradients.density[self.t] = grad_rho
-        if sent is None:
-            return grad_features, None
-        grad_sent = self._convolve_backward(torch.cat([f.flatten() for f in flat]), sent, radial, graph, gradients)
-        return grad_features, grad_sent if grad_own is None else grad_sent + grad_own
+        if grad_sent is not None and grad_own is not None:
+            grad_sent = grad_sent + grad_own
+        return grad_features, grad_sent
 
     def _density_backward(
         self,
@@ -336,32 +335,29 @@ class KernelLayer(nn.Module):
             gradients.columns[self.t][first:last] = d_radial
 
     def _convolve_backward(
-        self, flat: Tensor, sent: Tensor, radial: LayerRadial, graph: Graph, gradients: Gradients
+        self, parts: List[Tensor], sent: Tensor, radial: LayerRadial, graph: Graph, begin: int, end: int, gradients: Gradients
     ) -> Tensor:
-        def run(values: Tensor, begin: int, end: int) -> Tuple[Tensor, Tensor, Tensor]:
-            return ops.convolution_backward(
-                sent, graph.harmonics, radial.table, values, graph.r, graph.table_kind, graph.receiver, graph.pair,
-                graph.first_sent, self.path_table, self.coupling, self.coefficient, begin, end, FIRST_KNOT, radial.step,
-                radial.per_kind, flat, graph.first.shape[0] - 1,
-            )  # fmt: skip
-
-        if radial.table.numel():
-            grad_sent, d_harmonics, d_radial = run(radial.columns, 0, sent.shape[1])
-            gradients.harmonics += d_harmonics
-            gradients.r += d_radial
-            return grad_sent
-        pieces: List[Tensor] = []
-        d_columns = torch.zeros_like(radial.columns)
+        """Cotangent of `sent` from receivers begin..end, whose messages have the cotangents `parts`."""
+        tabulated = radial.table.numel() > 0
         weight = radial.weight.flatten(1)
-        for a, b in self._chunks(graph.first_sent, 0, sent.shape[1]):
-            pairs = graph.pair[int(graph.first_sent[a]) : int(graph.first_sent[b])].long()
-            values = self._values(radial, radial.columns.index_select(0, pairs))
-            grad_sent, d_harmonics, d_values = run(values, a, b)
-            pieces.append(grad_sent)
-            gradients.harmonics.index_add_(0, pairs, d_harmonics)
-            d_columns.index_copy_(0, pairs, torch.mm(d_values.flatten(1), weight.t()))
-        gradients.columns[self.t] = d_columns
-        return torch.cat(pieces, dim=1)
+        total = torch.zeros(0)
+        for a, b in [(begin, end)] if tabulated else self._chunks(graph.first, begin, end):
+            first, last = int(graph.first[a]), int(graph.first[b])
+            flat = torch.cat([part[:, a - begin : b - begin].flatten() for part in parts])
+            values = radial.columns if tabulated else self._values(radial, radial.columns[first:last])
+            grad_sent, d_harmonics, d_radial = ops.convolution_backward(
+                sent, graph.harmonics, radial.table, values, graph.r, graph.table_kind, graph.sender, graph.first,
+                self.path_table, self.coupling, self.coefficient, a, b, FIRST_KNOT, radial.step, radial.per_kind, flat,
+            )  # fmt: skip
+            gradients.harmonics[first:last] += d_harmonics
+            if tabulated:
+                gradients.r[first:last] += d_radial
+            else:
+                if self.t not in gradients.columns:
+                    gradients.columns[self.t] = torch.zeros_like(radial.columns)
+                gradients.columns[self.t][first:last] = torch.mm(d_radial.flatten(1), weight.t())
+            total = grad_sent if total.numel() == 0 else total + grad_sent
+        return total
 
 
 def per_irrep(features: Tensor, weight: Tensor) -> Tensor:

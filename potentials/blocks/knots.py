@@ -1,4 +1,4 @@
-"""Radial functions of each layer as cubic splines in the form that the kernels interpolate: values and slopes at knots.
+"""Radial functions of each layer as quintic splines in the form that the kernels interpolate: value, slope and curvature.
 
 A layer of which the neighbour density suffices has a table of few features (the singular vectors of its radial net); any
 other has a table of all its functions, channel by channel. Where a net sees the elements, there is a table for each pair
@@ -6,7 +6,7 @@ of the elements at hand.
 """
 
 import copy
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from mdplug.potentials.blocks.tables import (
     sample,
 )
 
+FINE = 1000  # points at which errors are taken
 LANES = {torch.float32: 16, torch.float64: 8}  # channels of 64 bytes
 
 
@@ -29,7 +30,7 @@ class LayerTable(NamedTuple):
     """Table of one layer.
 
     Attributes:
-        table: (rows, 2, b) of features, or (blocks, rows, P, 2, C) of the functions themselves.
+        table: (rows, 3, b) of features, or (blocks, rows, P, 3, C) of the functions themselves.
         weight: (b, P, k) from features to functions; empty for the second form.
     """
 
@@ -66,6 +67,21 @@ def depends_on_species(radial: Any) -> bool:
     return not (all(isinstance(net, PlainNet) for net in radial.nets) and isinstance(radial.transform, NoTransform))
 
 
+def derivatives(radial: Any, r: Tensor, kinds: List[Tuple[int, int]]) -> List[Tensor]:
+    """Columns of each layer with their first and second derivatives, (kinds, points, 3, columns), float64.
+
+    Args:
+        radial: exact, in float64. r: (points,) A. kinds: species of receiver and sender, a table each.
+    """
+    small = 1e-4  # A; central differences of exact slopes are good to 1e-8, and robust for any net
+    values, slopes = sample(radial, torch.cat([r, r - small, r + small]), kinds, len(radial.nets))
+    out = []
+    for value, slope in zip(values, slopes, strict=True):
+        here, before, after = slope.chunk(3, dim=1)
+        out.append(torch.stack([value[:, : len(r)], here, (after - before) / (2 * small)], dim=2))
+    return out
+
+
 def make_tables(model: Any, species: Tuple[int, ...], tolerance: float = 1e-5) -> Tables:
     """Tables of a MACE for the pairs among `species` (indices), with as many knots as the tolerance needs.
 
@@ -76,76 +92,115 @@ def make_tables(model: Any, species: Tuple[int, ...], tolerance: float = 1e-5) -
     messengers = [layer.messenger for layer in model.layers]
     dtype, n_species = messengers[0].radial_weight.dtype, model.embedding.shape[0]
     weights = [m.radial_weight.detach().double().cpu() for m in messengers]
-    n_features = [len(w) for w in weights]
     kind_of = torch.zeros(n_species, n_species, dtype=torch.int32)
-    chosen: List[Tuple[int, int]] = [(0, 0)]
+    kinds: List[Tuple[int, int]] = [(0, 0)]
     if depends_on_species(exact):
-        chosen = [(a, b) for a in species for b in species]
-        for kind, (a, b) in enumerate(chosen):
+        kinds = [(a, b) for a in species for b in species]
+        for kind, (a, b) in enumerate(kinds):
             kind_of[a, b] = kind
-    fine = torch.linspace(ERROR_FROM, model.cutoff, 2000, dtype=torch.float64)
-    values, slopes = sample(exact, fine, chosen, n_features)
-    knots = 128
+    fine = torch.linspace(ERROR_FROM, model.cutoff, FINE, dtype=torch.float64)
+    truth = derivatives(exact, fine, kinds)
+    # What the columns become in the messages, in few numbers: same norms, far fewer columns to compare.
+    triangles = [torch.linalg.qr(w.flatten(1).t()).R.t() for w in weights]
+    intervals = 32
     while True:
-        step = (model.cutoff - FIRST_KNOT) / knots
-        grid = FIRST_KNOT + step * torch.arange(knots + 1, dtype=torch.float64)
-        at, slope_at = sample(exact, grid, chosen, n_features)
-        errors = [
-            _error(fine, step, at[t], slope_at[t], values[t], slopes[t], weights[t].flatten(1))
-            for t in range(len(weights))
-        ]
+        step = (model.cutoff - FIRST_KNOT) / intervals
+        grid = FIRST_KNOT + step * torch.arange(intervals + 1, dtype=torch.float64)
+        at = derivatives(exact, grid, kinds)
+        scaled = [a * torch.tensor([1.0, step, step * step], dtype=torch.float64).view(1, 1, 3, 1) for a in at]
+        errors = [_errors(fine, step, s, t, w) for s, t, w in zip(scaled, truth, triangles, strict=True)]
         slope_error, value_error = max(e[0] for e in errors), max(e[1] for e in errors)
-        if slope_error < tolerance or knots >= MAX_KNOTS:
+        if slope_error < tolerance or intervals >= MAX_KNOTS:
             break
-        knots *= 2
-    layers, extra, extra_slopes = [], [], []
-    for t, weight in enumerate(weights):
-        b = n_features[t]
-        of_layer = torch.stack([at[t], slope_at[t] * step], dim=2)  # (kinds, knots + 1, 2, columns)
-        if of_layer.shape[3] > b:
+        intervals *= 2
+    layers, extra = [], []
+    for t, (weight, messenger) in enumerate(zip(weights, messengers, strict=True)):
+        b = len(weight)
+        if at[t].shape[3] > b:
             extra.append(at[t][..., b:])
-            extra_slopes.append(slope_at[t][..., b:])
-        features = of_layer[..., :b].flatten(0, 1)
-        if messengers[t].by_species:
-            onto, reduced = reduce_features(values[t][..., :b], slopes[t][..., :b], weight.flatten(1), tolerance / 3, 8)
+        features = scaled[t][..., :b].flatten(0, 1)  # (rows, 3, b)
+        if messenger.by_species:
+            flat = truth[t][..., :b]
+            onto, reduced = reduce_features(flat[:, :, 0], flat[:, :, 1], weight.flatten(1), tolerance / 3, 8)
             new = reduced.view(-1, *weight.shape[1:])
             layers.append(LayerTable((features @ onto).to(dtype).contiguous(), new.to(dtype)))
         else:
-            block = block_channels(weight.shape[2], messengers[t].messages.l_in, dtype)
-            functions = torch.einsum("rsb,bpk->rpsk", features, weight).to(dtype)
-            layers.append(LayerTable(_blocks(functions, block), weight.new_zeros(0, dtype=dtype)))
-    densities = None
-    if extra:
-        coefficients = hermite(torch.cat(extra, dim=2), torch.cat(extra_slopes, dim=2), step).to(dtype)
-        densities = SplineRadial(coefficients, kind_of.long(), FIRST_KNOT, step, knots, [1] * len(extra))
-    return Tables(layers, kind_of, step, knots + 1, densities, slope_error, value_error)
+            block = block_channels(weight.shape[2], messenger.messages.l_in, dtype)
+            functions = (features @ weight.flatten(1)).view(*features.shape[:2], *weight.shape[1:]).to(dtype)
+            layers.append(LayerTable(_function_blocks(functions, block), weight.new_zeros(0, 1, 1, dtype=dtype)))
+    densities = _density_spline(exact, model.cutoff, kinds, kind_of, tolerance, dtype) if extra else None
+    return Tables(layers, kind_of, step, intervals + 1, densities, slope_error, value_error)
 
 
-def _blocks(functions: Tensor, block: int) -> Tensor:
-    """(rows, P, 2, k) -> (blocks, rows, P, 2, C), channels padded with zeros."""
-    rows, n_paths, two, k = functions.shape
-    n_blocks = -(-k // block)
-    padded = torch.nn.functional.pad(functions, (0, n_blocks * block - k))
-    return padded.view(rows, n_paths, two, n_blocks, block).permute(3, 0, 1, 2, 4).contiguous()
+def in_blocks(values: Tensor, block: int) -> Tensor:
+    """(A, B, k) -> (A, blocks, B, C) channels in blocks of C, padded with zeros."""
+    n_blocks = -(-values.shape[2] // block)
+    padded = torch.nn.functional.pad(values, (0, n_blocks * block - values.shape[2]))
+    return padded.view(*values.shape[:2], n_blocks, block).transpose(1, 2).contiguous()
 
 
-def _error(
-    r: Tensor, step: float, at: Tensor, slope_at: Tensor, values: Tensor, slopes: Tensor, weight: Tensor
-) -> Tuple[float, float]:
-    """Relative rms error of slope and value of the functions that reach the messages (and of a density column)."""
-    columns = at.shape[2]
-    kinds, intervals = at.shape[0], at.shape[1] - 1
-    spline = SplineRadial(
-        hermite(at, slope_at, step), torch.zeros(1, 1, dtype=torch.int64), FIRST_KNOT, step, intervals, [columns]
-    )
-    worst = [0.0, 0.0]
-    for kind in range(kinds):
-        got, got_slope = spline.values_and_slopes(r, kind)
-        for number, (have, want) in enumerate(((got_slope, slopes[kind]), (got, values[kind]))):
-            b = weight.shape[0]
-            pairs: Dict[str, Tuple[Tensor, Tensor]] = {"functions": (have[:, :b] @ weight, want[:, :b] @ weight)}
-            if columns > b:
-                pairs["density"] = (have[:, b:], want[:, b:])
-            for one, other in pairs.values():
-                worst[number] = max(worst[number], float((one - other).norm() / other.norm().clamp_min(1e-30)))
-    return worst[0], worst[1]
+def _function_blocks(functions: Tensor, block: int) -> Tensor:
+    """(rows, 3, P, k) -> (blocks, rows, P, 3, C)."""
+    rows, three, n_paths, _ = functions.shape
+    parts = in_blocks(functions.transpose(1, 2).flatten(1, 2), block)  # (rows, blocks, P * 3, C)
+    return parts.transpose(0, 1).reshape(-1, rows, n_paths, three, block).contiguous()
+
+
+def _density_spline(
+    exact: Any, cutoff: float, kinds: List[Tuple[int, int]], kind_of: Tensor, tolerance: float, dtype: torch.dtype
+) -> SplineRadial:
+    """The density columns (the last of the layers that have one), as cubic splines."""
+    intervals = 128
+    fine = torch.linspace(ERROR_FROM, cutoff, FINE, dtype=torch.float64)
+
+    def last(r: Tensor) -> Tensor:
+        found = derivatives(exact, r, kinds)
+        return torch.cat([f[..., -1:] for f, net in zip(found, exact.nets, strict=True) if net.has_density], dim=3)
+
+    truth = last(fine)[:, :, 1]
+    while True:
+        step = (cutoff - FIRST_KNOT) / intervals
+        at = last(FIRST_KNOT + step * torch.arange(intervals + 1, dtype=torch.float64))
+        coefficients = hermite(at[:, :, 0], at[:, :, 1], step)
+        spline = SplineRadial(coefficients, kind_of.long(), FIRST_KNOT, step, intervals, [1] * at.shape[3])
+        slopes = torch.stack([spline.values_and_slopes(fine, kind)[1] for kind in range(len(kinds))])
+        error = float((slopes - truth).norm() / truth.norm().clamp_min(1e-30))
+        if error < tolerance or intervals >= MAX_KNOTS:
+            spline.coefficients = coefficients.to(dtype)
+            return spline
+        intervals *= 2
+
+
+def _errors(r: Tensor, step: float, scaled: Tensor, truth: Tensor, weight: Tensor) -> Tuple[float, float]:
+    """Relative rms error of slope and value of the functions that reach the messages.
+
+    Args:
+        scaled: (kinds, knots, 3, columns) numbers at the knots. truth: (kinds, points, 3, columns). weight: (b, anything).
+    """
+    x = (r - FIRST_KNOT) / step
+    index = x.floor().clamp(0, scaled.shape[1] - 2).long()
+    value, slope = quintic(x - index, step)
+    low, high = scaled[:, index, :, : len(weight)], scaled[:, index + 1, :, : len(weight)]
+    out = []
+    for number, basis in ((1, slope), (0, value)):
+        got = torch.einsum("no,knoc->knc", basis[:, :3], low) + torch.einsum("no,knoc->knc", basis[:, 3:], high)
+        wanted = truth[:, :, number, : len(weight)] @ weight
+        missed = (got @ weight - wanted).norm(dim=(1, 2)) / wanted.norm(dim=(1, 2)).clamp_min(1e-30)
+        out.append(float(missed.max()))
+    return out[0], out[1]
+
+
+def quintic(s: Tensor, step: float) -> Tuple[Tensor, Tensor]:
+    """(n, 6) weights of value, slope x step and curvature x step^2 at both knots: for the value, and for the slope."""
+    u = 1 - s
+    h3 = s**3 * (10 + s * (6 * s - 15))
+    value = [
+        1 - h3, s + s**3 * (s * (8 - 3 * s) - 6), 0.5 * s**2 * u**3,
+        h3, s**3 * (s * (7 - 3 * s) - 4), 0.5 * s**3 * u**2,
+    ]  # fmt: skip
+    d3 = 30 * s**2 * u**2
+    slope = [
+        -d3, 1 + s**2 * (s * (32 - 15 * s) - 18), 0.5 * s * (2 + s * (s * (12 - 5 * s) - 9)),
+        d3, s**2 * (s * (28 - 15 * s) - 12), 0.5 * s**2 * (3 + s * (5 * s - 8)),
+    ]  # fmt: skip
+    return torch.stack(value, dim=1), torch.stack(slope, dim=1) / step

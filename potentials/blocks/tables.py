@@ -82,11 +82,11 @@ class SplineRadial(nn.Module):
 
 
 def sample(
-    radial: Radial | SplineRadial, r: Tensor, pairs: List[Tuple[int, int]], n_features: List[int]
+    radial: Radial | SplineRadial, r: Tensor, pairs: List[Tuple[int, int]], n_layers: int
 ) -> Tuple[List[Tensor], List[Tensor]]:
     """Per layer, columns and their slopes, (kinds, points, C), in float64."""
-    values: List[List[Tensor]] = [[] for _ in n_features]
-    slopes: List[List[Tensor]] = [[] for _ in n_features]
+    values: List[List[Tensor]] = [[] for _ in range(n_layers)]
+    slopes: List[List[Tensor]] = [[] for _ in range(n_layers)]
     for receiver, sender in pairs:
         x = r.clone().unsqueeze(1).requires_grad_(True)
         a, b = (torch.full((len(r),), z, dtype=torch.int64) for z in (receiver, sender))
@@ -153,7 +153,7 @@ def tabulate(
         return None
     span = cutoff - FIRST_KNOT
     fine = torch.linspace(ERROR_FROM, cutoff, 2000, dtype=torch.float64)
-    fine_values, fine_slopes = sample(exact, fine, pairs, n_features)
+    fine_values, fine_slopes = sample(exact, fine, pairs, len(layers))
     projections: List[Tensor] = []
     new_weights: List[Tensor] = []
     for t, weight in enumerate(layers):
@@ -166,7 +166,7 @@ def tabulate(
     while True:
         step = span / knots
         grid = FIRST_KNOT + step * torch.arange(knots + 1, dtype=torch.float64)
-        at, slope_at = sample(exact, grid, pairs, n_features)
+        at, slope_at = sample(exact, grid, pairs, len(layers))
         coefficients = hermite(
             torch.cat([v @ p for v, p in zip(at, projections, strict=True)], dim=2),
             torch.cat([d @ p for d, p in zip(slope_at, projections, strict=True)], dim=2),
@@ -198,7 +198,7 @@ def _errors(
     reduced: List[Tensor],
 ) -> Tuple[float, float]:
     """Relative rms errors of value and slope of the functions that reach the messages; the worst layer."""
-    got, got_slopes = sample(spline, r, pairs, [len(w) for w in weights])
+    got, got_slopes = sample(spline, r, pairs, len(weights))
     errors: Dict[str, List[float]] = {"value": [], "slope": []}
     for t, weight in enumerate(weights):
         b, rank = weight.shape[0], reduced[t].shape[0]

@@ -10,7 +10,7 @@ typedef void (*MdplugParallel)(int64_t n, MdplugBody body, void* context);
 
 // Radial functions of pairs: a table to interpolate in (table != 0), or the values themselves.
 typedef struct {
-  const void* table;      // (blocks, rows, P, 2, C) values and slopes x step at the knots; zero-padded channels
+  const void* table;      // (blocks, rows, P, 3, C) value, slope x step, curvature x step^2 at the knots; zero-padded
   const void* values;     // (pairs of the call, P, k), in the order of the call; used if table == 0
   const void* r;          // (E) A
   const int32_t* kind;    // (E) which table, or 0
@@ -47,11 +47,10 @@ typedef struct {
   void (*convolution_##S)(const MdplugConvolution* shape, int64_t n_senders, int64_t begin, int64_t end,              \
                           const T* sent, const T* harmonics, const MdplugRadial* radial, const int32_t* sender,       \
                           const int32_t* first, T* out, MdplugParallel parallel);                                     \
-  void (*convolution_backward_##S)(const MdplugConvolution* shape, int64_t n_senders, int64_t n_receivers,            \
-                                   int64_t begin, int64_t end, const T* sent, const T* harmonics,                     \
-                                   const MdplugRadial* radial, const int32_t* receiver, const int32_t* pair,          \
-                                   const int32_t* first, const T* grad, T* grad_sent, T* grad_harmonics,              \
-                                   T* grad_radial, MdplugParallel parallel);                                          \
+  void (*convolution_backward_##S)(const MdplugConvolution* shape, int64_t n_senders, int64_t begin, int64_t end,     \
+                                   const T* sent, const T* harmonics, const MdplugRadial* radial,                     \
+                                   const int32_t* sender, const int32_t* first, const T* grad, T* grad_sent,          \
+                                   T* grad_harmonics, T* grad_radial, MdplugParallel parallel);                       \
   void (*polynomial_##S)(const MdplugPolynomial* shape, int64_t n, int64_t k, const T* inputs,                        \
                          const T* coefficients, const int32_t* kind, T* out, MdplugParallel parallel);                \
   void (*polynomial_backward_##S)(const MdplugPolynomial* shape, int64_t n, int64_t k, const T* inputs,               \

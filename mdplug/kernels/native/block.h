@@ -1,7 +1,9 @@
 // Blocks of channels in vector registers, and the arithmetic on them. Nothing here knows torch.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 
 #if defined(__AVX512F__)
 #define MDPLUG_BYTES 64
@@ -93,6 +95,21 @@ template <class T>
 MDPLUG_INLINE void lane_sums(const typename Native<T>::type* a, int count, T* out) {
   for (int i = 0; i < count; ++i) out[i] += lanes<T>(a[i]);
 }
+
+// Memory in whole lines of cache, not initialised.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : p_(static_cast<T*>(std::aligned_alloc(64, (sizeof(T) * n + 127) / 64 * 64))) {
+    if (!p_) throw std::bad_alloc();
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { std::free(p_); }
+  T* data() { return p_; }
+
+ private:
+  T* p_;
+};
 
 }  // namespace MDPLUG_ISA
 

@@ -7,16 +7,21 @@
 
 namespace MDPLUG_ISA {
 
-// phi (and its slope) of one pair, b numbers; the table is (rows, 2, b).
+// phi (and its slope) of one pair, `width` numbers of which b count; the table is (rows, 3, b).
 template <class T>
-MDPLUG_INLINE void features(const MdplugRadial& radial, int64_t pair, int64_t value_row, int64_t b, T* phi, T* slope) {
+MDPLUG_INLINE void features(const MdplugRadial& radial, int64_t pair, int64_t value_row, int64_t b,
+                            T* __restrict__ phi, T* __restrict__ slope) {
   if (radial.table) {
     const Knot<T> at = knot<T>(radial, pair);
-    const T* row = static_cast<const T*>(radial.table) + at.row * 2 * b;
+    const T* __restrict__ row = static_cast<const T*>(radial.table) + at.row * kOrders * b;
     for (int64_t c = 0; c < b; ++c) {
-      const T y0 = row[c], d0 = row[b + c], y1 = row[2 * b + c], d1 = row[3 * b + c];
-      phi[c] = at.value[0] * y0 + at.value[1] * d0 + at.value[2] * y1 + at.value[3] * d1;
-      if (slope) slope[c] = at.slope[0] * y0 + at.slope[1] * d0 + at.slope[2] * y1 + at.slope[3] * d1;
+      T f = 0, d = 0;
+      for (int o = 0; o < 2 * kOrders; ++o) {
+        f += at.value[o] * row[o * b + c];
+        d += at.slope[o] * row[o * b + c];
+      }
+      phi[c] = f;
+      slope[c] = d;
     }
   } else {
     std::memcpy(phi, static_cast<const T*>(radial.values) + value_row * b, sizeof(T) * b);
@@ -27,54 +32,83 @@ template <class T>
 void density(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t kinds, const T* harmonics,
              const MdplugRadial& radial, const int32_t* species, const int32_t* first, T* out,
              MdplugParallel parallel) {
-  const int64_t n = end - begin, width = kinds * b;
-  auto body = [&](int64_t i) {
-    std::vector<T> sums(kinds * m * b, T(0)), phi(b);
-    for (int64_t e = first[begin + i]; e < first[begin + i + 1]; ++e) {
-      features<T>(radial, e, e - first[begin], b, phi.data(), nullptr);
-      T* sum = sums.data() + species[e] * m * b;
-      for (int64_t j = 0; j < m; ++j) {
-        const T y = harmonics[e * m + j];
-        for (int64_t c = 0; c < b; ++c) sum[j * b + c] += y * phi[c];
+  using U = typename Native<T>::unaligned;
+  constexpr int W = Native<T>::width;
+  const int64_t n = end - begin, width = (b + W - 1) / W * W, row = kinds * b, atoms = 4;
+  auto body = [&](int64_t task) {
+    Scratch<T> sums_of(kinds * m * width), phi_of(width), slope(width);
+    T *sums = sums_of.data(), *phi = phi_of.data();
+    std::memset(phi, 0, sizeof(T) * width);
+    const int64_t last = std::min(n, (task + 1) * atoms);
+    for (int64_t i = task * atoms; i < last; ++i) {
+      std::memset(sums, 0, sizeof(T) * kinds * m * width);
+      for (int64_t e = first[begin + i]; e < first[begin + i + 1]; ++e) {
+        features<T>(radial, e, e - first[begin], b, phi, slope.data());
+        T* sum = sums + species[e] * m * width;
+        for (int64_t c = 0; c < width; c += W) {
+          const auto f = *reinterpret_cast<const U*>(phi + c);
+          for (int64_t j = 0; j < m; ++j) {
+            U& s = *reinterpret_cast<U*>(sum + j * width + c);
+            s += harmonics[e * m + j] * f;
+          }
+        }
       }
+      for (int64_t z = 0; z < kinds; ++z)
+        for (int64_t j = 0; j < m; ++j)
+          std::memcpy(out + (j * n + i) * row + z * b, sums + (z * m + j) * width, sizeof(T) * b);
     }
-    for (int64_t z = 0; z < kinds; ++z)
-      for (int64_t j = 0; j < m; ++j)
-        std::memcpy(out + (j * n + i) * width + z * b, sums.data() + (z * m + j) * b, sizeof(T) * b);
   };
-  run(parallel, n, body);
+  run(parallel, (n + atoms - 1) / atoms, body);
 }
 
 template <class T>
 void density_backward(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t kinds, const T* harmonics,
                       const MdplugRadial& radial, const int32_t* species, const int32_t* first, const T* grad,
                       T* grad_harmonics, T* grad_radial, MdplugParallel parallel) {
-  const int64_t n = end - begin, width = kinds * b, e0 = first[begin];
-  auto body = [&](int64_t i) {
-    std::vector<T> phi(b), slope(b), back(b);
-    for (int64_t e = first[begin + i]; e < first[begin + i + 1]; ++e) {
-      features<T>(radial, e, e - e0, b, phi.data(), radial.table ? slope.data() : nullptr);
-      std::fill(back.begin(), back.end(), T(0));
-      for (int64_t j = 0; j < m; ++j) {
-        const T* g = grad + (j * n + i) * width + species[e] * b;
-        const T y = harmonics[e * m + j];
-        T dot = 0;
-        for (int64_t c = 0; c < b; ++c) {
-          dot += phi[c] * g[c];
-          back[c] += y * g[c];
+  using V = typename Native<T>::type;
+  using U = typename Native<T>::unaligned;
+  constexpr int W = Native<T>::width;
+  const int64_t n = end - begin, width = (b + W - 1) / W * W, row = kinds * b, e0 = first[begin], atoms = 4;
+  auto body = [&](int64_t task) {
+    Scratch<T> grad_of(kinds * m * width), work(3 * width), wide(m * W);
+    T *g = grad_of.data(), *phi = work.data(), *slope = phi + width, *back = slope + width;
+    V* d = reinterpret_cast<V*>(wide.data());
+    std::memset(g, 0, sizeof(T) * kinds * m * width);
+    std::memset(phi, 0, sizeof(T) * 3 * width);
+    const int64_t last = std::min(n, (task + 1) * atoms);
+    for (int64_t i = task * atoms; i < last; ++i) {
+      for (int64_t z = 0; z < kinds; ++z)
+        for (int64_t j = 0; j < m; ++j)
+          std::memcpy(g + (z * m + j) * width, grad + (j * n + i) * row + z * b, sizeof(T) * b);
+      for (int64_t e = first[begin + i]; e < first[begin + i + 1]; ++e) {
+        features<T>(radial, e, e - e0, b, phi, slope);
+        const T *of_kind = g + species[e] * m * width, *y = harmonics + e * m;
+        for (int64_t j = 0; j < m; ++j) d[j] = V{};
+        for (int64_t c = 0; c < width; c += W) {
+          const V f = *reinterpret_cast<const U*>(phi + c);
+          V sum = V{};
+          for (int64_t j = 0; j < m; ++j) {
+            const V a = *reinterpret_cast<const U*>(of_kind + j * width + c);
+            d[j] += f * a;
+            sum += y[j] * a;
+          }
+          *reinterpret_cast<U*>(back + c) = sum;
         }
-        grad_harmonics[(e - e0) * m + j] = dot;
-      }
-      if (radial.table) {
-        T along = 0;
-        for (int64_t c = 0; c < b; ++c) along += slope[c] * back[c];
-        grad_radial[e - e0] = along;
-      } else {
-        std::memcpy(grad_radial + (e - e0) * b, back.data(), sizeof(T) * b);
+        T* dy = grad_harmonics + (e - e0) * m;
+        std::memset(dy, 0, sizeof(T) * m);
+        lane_sums<T>(d, int(m), dy);
+        if (radial.table) {
+          V along = V{};
+          for (int64_t c = 0; c < width; c += W)
+            along += *reinterpret_cast<const U*>(slope + c) * *reinterpret_cast<const U*>(back + c);
+          grad_radial[e - e0] = lanes<T>(along);
+        } else {
+          std::memcpy(grad_radial + (e - e0) * b, back, sizeof(T) * b);
+        }
       }
     }
   };
-  run(parallel, n, body);
+  run(parallel, (n + atoms - 1) / atoms, body);
 }
 
 }  // namespace MDPLUG_ISA

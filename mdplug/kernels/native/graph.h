@@ -1,4 +1,4 @@
-// Pairs of one evaluation: those inside the cutoff, by receiver and by sender, in the order of the sorted atoms.
+// Pairs of one evaluation: those inside the cutoff, by receiver, in the order of the sorted atoms.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -8,13 +8,13 @@ namespace mdplug {
 
 template <class T>
 struct Graph {
-  int64_t n_pairs, n_owned, n_atoms;
+  int64_t n_pairs, n_owned;
   std::vector<int32_t> first;      // (n_owned + 1)
   std::vector<int64_t> kept;       // original places of the pairs inside, in their order
 
-  // pairs (2, E) receiver and sender; vectors (E, 3); place (n_atoms): atom -> sorted place, ghosts stay themselves.
-  Graph(int64_t n, const int64_t* pairs, const T* vectors, const int32_t* place, int64_t owned, int64_t atoms, T cutoff)
-      : n_owned(owned), n_atoms(atoms), first(owned + 1, 0), pairs_(pairs), place_(place), n_(n), vectors_(vectors) {
+  // pairs (2, E) receiver and sender; vectors (E, 3); place: atom -> sorted place, ghosts stay themselves.
+  Graph(int64_t n, const int64_t* pairs, const T* vectors, const int32_t* place, int64_t owned, T cutoff)
+      : n_owned(owned), first(owned + 1, 0), pairs_(pairs), place_(place), n_(n), vectors_(vectors) {
     kept.reserve(n);
     distance_.reserve(n);
     for (int64_t e = 0; e < n; ++e) {
@@ -28,25 +28,18 @@ struct Graph {
     for (int64_t i = 0; i < owned; ++i) first[i + 1] += first[i];
   }
 
-  // vectors (P, 3), r (P), receiver (P), sender (P), origin (P): by receiver; pair (P), first_sent (n_atoms + 1): by
-  // sender, the places of the pairs it sends.
-  void fill(T* vectors, T* r, int32_t* receiver, int32_t* sender, int64_t* origin, int32_t* pair,
-            int32_t* first_sent) const {
+  // vectors (P, 3), r (P), receiver (P), sender (P), origin (P).
+  void fill(T* vectors, T* r, int32_t* receiver, int32_t* sender, int64_t* origin) const {
     std::vector<int32_t> at(first.begin(), first.end() - 1);
-    for (int64_t i = 0; i <= n_atoms; ++i) first_sent[i] = 0;
     for (int64_t q = 0; q < n_pairs; ++q) {
       const int64_t e = kept[q];
-      const int32_t i = place_[pairs_[e]], j = place_[pairs_[n_ + e]], p = at[i]++;
+      const int32_t i = place_[pairs_[e]], p = at[i]++;
       for (int a = 0; a < 3; ++a) vectors[3 * p + a] = vectors_[3 * e + a];
       r[p] = distance_[q];
       receiver[p] = i;
-      sender[p] = j;
+      sender[p] = place_[pairs_[n_ + e]];
       origin[p] = e;
-      ++first_sent[j + 1];
     }
-    for (int64_t j = 0; j < n_atoms; ++j) first_sent[j + 1] += first_sent[j];
-    std::vector<int32_t> next(first_sent, first_sent + n_atoms);
-    for (int64_t p = 0; p < n_pairs; ++p) pair[next[sender[p]]++] = int32_t(p);
   }
 
  private:

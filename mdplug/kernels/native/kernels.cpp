@@ -21,13 +21,13 @@ struct Entry {
     auto f = shape->block == wide ? convolution<T, wide> : convolution<T, narrow>;
     f(*shape, n_senders, begin, end, sent, harmonics, *radial, sender, first, out, parallel);
   }
-  static void conv_backward(const MdplugConvolution* shape, int64_t n_senders, int64_t n_receivers, int64_t begin,
-                            int64_t end, const T* sent, const T* harmonics, const MdplugRadial* radial,
-                            const int32_t* receiver, const int32_t* pair, const int32_t* first, const T* grad,
-                            T* grad_sent, T* grad_harmonics, T* grad_radial, MdplugParallel parallel) {
+  static void conv_backward(const MdplugConvolution* shape, int64_t n_senders, int64_t begin, int64_t end,
+                            const T* sent, const T* harmonics, const MdplugRadial* radial, const int32_t* sender,
+                            const int32_t* first, const T* grad, T* grad_sent, T* grad_harmonics, T* grad_radial,
+                            MdplugParallel parallel) {
     auto f = shape->block == wide ? convolution_backward<T, wide> : convolution_backward<T, narrow>;
-    f(*shape, n_senders, n_receivers, begin, end, sent, harmonics, *radial, receiver, pair, first, grad, grad_sent,
-      grad_harmonics, grad_radial, parallel);
+    f(*shape, n_senders, begin, end, sent, harmonics, *radial, sender, first, grad, grad_sent, grad_harmonics,
+      grad_radial, parallel);
   }
   static void dens(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t kinds, const T* harmonics,
                    const MdplugRadial* radial, const int32_t* species, const int32_t* first, T* out,

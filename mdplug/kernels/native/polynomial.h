@@ -1,6 +1,7 @@
 // Sparse polynomials of an atom's features, channel by channel: out[o] = sum over terms of c[kind, term] x[term].
 //
-// x holds the inputs and products of two earlier entries; the adjoint walks the products backwards.
+// x holds the inputs and products of two earlier entries; the adjoint walks the products backwards. Coefficients come in
+// blocks of channels, (kinds, blocks, terms, C): those of one block stay in the cache while some atoms pass.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -23,20 +24,20 @@ template <class T, int C>
 void polynomial(const MdplugPolynomial& s, int64_t n, int64_t k, const T* inputs, const T* coefficients,
                 const int32_t* kind, T* out, MdplugParallel parallel) {
   using B = Block<T, C>;
-  const int64_t blocks = (k + C - 1) / C, chunk = 8;
-  auto body = [&](int64_t task) {  // coefficients of a block of channels stay in the cache for some atoms
-    std::vector<T> x((s.n_inputs + s.n_nodes) * C);
+  const int64_t blocks = (k + C - 1) / C, chunk = 4;
+  auto body = [&](int64_t task) {
+    Scratch<T> x((s.n_inputs + s.n_nodes) * C);
     const int64_t end = std::min(n, (task + 1) * chunk);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t channel = block * C;
       const int count = int(std::min<int64_t>(C, k - channel));
       for (int64_t i = task * chunk; i < end; ++i) {
         fill<T, C>(s, n, k, inputs, i, channel, count, x.data());
-        const T* c = coefficients + kind[i] * s.n_terms * k + channel;
+        const T* c = coefficients + (kind[i] * blocks + block) * s.n_terms * C;
         for (int64_t o = 0; o < s.n_outputs; ++o) {
           B sum = B::zero();
           for (int32_t t = s.starts[o]; t < s.starts[o + 1]; ++t)
-            sum.fma(B::load(c + t * k, count), B::load(x.data() + s.term[t] * C));
+            sum.fma(B::load(c + t * C), B::load(x.data() + s.term[t] * C));
           sum.store(out + (o * n + i) * k + channel, count);
         }
       }
@@ -49,23 +50,23 @@ template <class T, int C>
 void polynomial_backward(const MdplugPolynomial& s, int64_t n, int64_t k, const T* inputs, const T* coefficients,
                          const int32_t* kind, const T* grad, T* grad_inputs, MdplugParallel parallel) {
   using B = Block<T, C>;
-  const int64_t blocks = (k + C - 1) / C, chunk = 8, size = s.n_inputs + s.n_nodes;
+  const int64_t blocks = (k + C - 1) / C, chunk = 4, size = s.n_inputs + s.n_nodes;
   auto body = [&](int64_t task) {
-    std::vector<T> x(size * C), d(size * C);
+    Scratch<T> x(size * C), d(size * C);
     const int64_t end = std::min(n, (task + 1) * chunk);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t channel = block * C;
       const int count = int(std::min<int64_t>(C, k - channel));
       for (int64_t i = task * chunk; i < end; ++i) {
         fill<T, C>(s, n, k, inputs, i, channel, count, x.data());
-        std::fill(d.begin(), d.end(), T(0));
-        const T* c = coefficients + kind[i] * s.n_terms * k + channel;
+        std::memset(d.data(), 0, sizeof(T) * size * C);
+        const T* c = coefficients + (kind[i] * blocks + block) * s.n_terms * C;
         for (int64_t o = 0; o < s.n_outputs; ++o) {
           const B g = B::load(grad + (o * n + i) * k + channel, count);
           for (int32_t t = s.starts[o]; t < s.starts[o + 1]; ++t) {
             T* at = d.data() + s.term[t] * C;
             B sum = B::load(at);
-            sum.fma(B::load(c + t * k, count), g);
+            sum.fma(B::load(c + t * C), g);
             sum.store(at);
           }
         }

@@ -1,4 +1,4 @@
-// Radial functions of a pair by cubic Hermite interpolation between knots, or as given.
+// Radial functions of a pair by quintic Hermite interpolation between knots, or as given.
 #pragma once
 #include <cmath>
 #include <vector>
@@ -8,42 +8,46 @@
 
 namespace MDPLUG_ISA {
 
-// Weights of (value, slope) at the two knots around r: for R(r), and for dR/dr.
+constexpr int kOrders = 3;  // numbers of a function at a knot: value, slope x step, curvature x step^2
+
+// Weights of those numbers at the two knots around r: for R(r), and for dR/dr.
 template <class T>
 struct Knot {
   int64_t row;
-  T value[4], slope[4];
+  T value[2 * kOrders], slope[2 * kOrders];
 };
 
 template <class T>
 MDPLUG_INLINE Knot<T> knot(const MdplugRadial& radial, int64_t pair) {
   const T first = T(radial.first), inverse = T(1.0 / radial.step);
   const T x = (static_cast<const T*>(radial.r)[pair] - first) * inverse;
-  T index = std::floor(x);
   const T last = T(radial.per_kind - 2);
+  T index = std::floor(x);
   index = index < 0 ? T(0) : (index > last ? last : index);
-  const T s = x - index, u = 1 - s;
+  const T s = x - index, u = 1 - s, s2 = s * s, s3 = s2 * s;
   Knot<T> k;
   k.row = int64_t(index) + (radial.kind ? int64_t(radial.kind[pair]) * radial.per_kind : 0);
-  k.value[0] = (1 + 2 * s) * u * u;
-  k.value[1] = s * u * u;
-  k.value[2] = s * s * (3 - 2 * s);
-  k.value[3] = -s * s * u;
-  k.slope[0] = -6 * s * u * inverse;
-  k.slope[1] = (1 - 4 * s + 3 * s * s) * inverse;
-  k.slope[2] = 6 * s * u * inverse;
-  k.slope[3] = (3 * s * s - 2 * s) * inverse;
+  k.value[3] = s3 * (10 + s * (6 * s - 15));
+  k.value[0] = 1 - k.value[3];
+  k.value[1] = s + s3 * (s * (8 - 3 * s) - 6);
+  k.value[2] = T(0.5) * s2 * u * u * u;
+  k.value[4] = s3 * (s * (7 - 3 * s) - 4);
+  k.value[5] = T(0.5) * s3 * u * u;
+  k.slope[3] = 30 * s2 * u * u * inverse;
+  k.slope[0] = -k.slope[3];
+  k.slope[1] = (1 + s2 * (s * (32 - 15 * s) - 18)) * inverse;
+  k.slope[2] = T(0.5) * s * (2 + s * (s * (12 - 5 * s) - 9)) * inverse;
+  k.slope[4] = s2 * (s * (28 - 15 * s) - 12) * inverse;
+  k.slope[5] = T(0.5) * s2 * (3 + s * (5 * s - 8)) * inverse;
   return k;
 }
 
-// Four numbers per channel around r: row [value, slope] of one function at a knot, `stride` to the next knot.
+// One block of a function; `row` is its place at the lower knot, `stride` on is that at the upper one.
 template <class T, int C>
 MDPLUG_INLINE Block<T, C> interpolate(const T* row, int64_t stride, const T* weight) {
-  using B = Block<T, C>;
-  B out = B::load(row) * weight[0];
-  out.fma(weight[1], B::load(row + C));
-  out.fma(weight[2], B::load(row + stride));
-  out.fma(weight[3], B::load(row + stride + C));
+  Block<T, C> out = Block<T, C>::load(row) * weight[0];
+  for (int o = 1; o < kOrders; ++o) out.fma(weight[o], Block<T, C>::load(row + o * C));
+  for (int o = 0; o < kOrders; ++o) out.fma(weight[kOrders + o], Block<T, C>::load(row + stride + o * C));
   return out;
 }
 

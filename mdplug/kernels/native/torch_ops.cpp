@@ -82,19 +82,18 @@ struct RadialArguments {
 template <class T>
 void graph(StableIValue* stack, const Tensor& pairs, const Tensor& vectors, const Tensor& place, int64_t n_owned,
            double cutoff) {
-  const int64_t n = vectors.size(0), atoms = place.numel();
-  Graph<T> g(n, pairs.data<int64_t>("pairs"), vectors.data<T>("vectors"), place.data<int32_t>("place"), n_owned, atoms,
+  const int64_t n = vectors.size(0);
+  Graph<T> g(n, pairs.data<int64_t>("pairs"), vectors.data<T>("vectors"), place.data<int32_t>("place"), n_owned,
              T(cutoff));
   const int64_t p = g.n_pairs;
   Tensor v = Tensor::empty<T>({p, 3}), r = Tensor::empty<T>({p}), receiver = Tensor::empty<int32_t>({p}),
          sender = Tensor::empty<int32_t>({p}), first = Tensor::empty<int32_t>({n_owned + 1}),
-         pair = Tensor::empty<int32_t>({p}), first_sent = Tensor::empty<int32_t>({atoms + 1}),
          origin = Tensor::empty<int64_t>({p});
   std::memcpy(first.data<int32_t>("first"), g.first.data(), sizeof(int32_t) * (n_owned + 1));
   g.fill(v.data<T>("v"), r.data<T>("r"), receiver.data<int32_t>("receiver"), sender.data<int32_t>("sender"),
-         origin.data<int64_t>("origin"), pair.data<int32_t>("pair"), first_sent.data<int32_t>("first_sent"));
-  Tensor* out[] = {&v, &r, &receiver, &sender, &first, &pair, &first_sent, &origin};
-  for (int i = 0; i < 8; ++i) stack[i] = out[i]->release();
+         origin.data<int64_t>("origin"));
+  Tensor* out[] = {&v, &r, &receiver, &sender, &first, &origin};
+  for (int i = 0; i < 6; ++i) stack[i] = out[i]->release();
 }
 
 void op_graph(StableIValue* stack, uint64_t, uint64_t) {
@@ -184,8 +183,7 @@ void op_density_backward(StableIValue* stack, uint64_t, uint64_t) {
 template <class T>
 void convolution(StableIValue* stack, Arguments& a, const Tensor& sent, bool backward) {
   Tensor &harmonics = a.tensor(), &table = a.tensor(), &values = a.tensor(), &r = a.tensor(), &kind = a.tensor(),
-         &other = a.tensor();
-  Tensor* pair = backward ? &a.tensor() : nullptr;
+         &sender = a.tensor();
   Tensor &first = a.tensor(), &paths = a.tensor(), &coupling = a.tensor(), &coefficient = a.tensor();
   const int64_t begin = a.integer(), end = a.integer();
   const double knot = a.real(), step = a.real();
@@ -215,20 +213,17 @@ void convolution(StableIValue* stack, Arguments& a, const Tensor& sent, bool bac
     int64_t rows = 0;
     for (int64_t p = 0; p < shape.n_paths; ++p) rows += 2 * shape.paths[3 * p + 2] + 1;
     Tensor out = Tensor::empty<T>({rows * n * shape.k});
-    Of<T>::convolution()(&shape, sent.size(1), begin, end, h, y, &radial.radial, other.data<int32_t>("sender"), starts,
+    Of<T>::convolution()(&shape, sent.size(1), begin, end, h, y, &radial.radial, sender.data<int32_t>("sender"), starts,
                          out.data<T>("out"), parallel);
     stack[0] = out.release();
     return;
   }
   Tensor& grad = a.tensor();
-  const int64_t n_receivers = a.integer();
-  if (radial.radial.table && pairs != r.numel())
-    throw std::runtime_error("mdplug kernels: with a radial table the adjoint takes all senders at once");
-  Tensor dh = Tensor::empty<T>({sent.size(0), n, shape.k}), dy = Tensor::empty<T>({pairs, harmonics.size(1)});
+  Tensor dh = Tensor::empty<T>({sent.size(0), sent.size(1), shape.k}), dy = Tensor::empty<T>({pairs, harmonics.size(1)});
   Tensor dr = radial.radial.table ? Tensor::empty<T>({pairs}) : Tensor::empty<T>({pairs, shape.n_paths, shape.k});
-  Of<T>::convolution_backward()(&shape, sent.size(1), n_receivers, begin, end, h, y, &radial.radial,
-                                other.data<int32_t>("receiver"), pair->data<int32_t>("pair"), starts,
-                                grad.data<T>("grad"), dh.data<T>("dh"), dy.data<T>("dy"), dr.data<T>("dr"), parallel);
+  Of<T>::convolution_backward()(&shape, sent.size(1), begin, end, h, y, &radial.radial, sender.data<int32_t>("sender"),
+                                starts, grad.data<T>("grad"), dh.data<T>("dh"), dy.data<T>("dy"), dr.data<T>("dr"),
+                                parallel);
   stack[0] = dh.release();
   stack[1] = dy.release();
   stack[2] = dr.release();
@@ -296,7 +291,7 @@ struct Registration {
     };
     const Operator operators[] = {
         {"graph", "Tensor pairs, Tensor vectors, Tensor place, int n_owned, float cutoff",
-         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", op_graph},
+         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", op_graph},
         {"harmonics", "Tensor vectors, Tensor r, Tensor left, Tensor right, Tensor table, int l_max", "Tensor",
          op_harmonics},
         {"harmonics_backward",
@@ -313,8 +308,7 @@ struct Registration {
          "Tensor", op_convolution},
         {"convolution_backward",
          "Tensor sent, Tensor harmonics, " MDPLUG_RADIAL
-         "Tensor receiver, Tensor pair, Tensor first, Tensor paths, Tensor coupling, Tensor coefficient, " MDPLUG_KNOTS
-         ", Tensor grad, int n_receivers",
+         "Tensor sender, Tensor first, Tensor paths, Tensor coupling, Tensor coefficient, " MDPLUG_KNOTS ", Tensor grad",
          "(Tensor, Tensor, Tensor)", op_convolution_backward},
         {"polynomial", "Tensor inputs, Tensor coefficients, Tensor kind, Tensor nodes, Tensor term, Tensor starts",
          "Tensor", op_polynomial},
