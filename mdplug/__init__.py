@@ -11,10 +11,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mdplug.artifact import load as load
     from mdplug.artifact import save as save
+    from mdplug.deployed import evaluate as evaluate
     from mdplug.engines.ase import Calculator as Calculator
     from mdplug.engines.openmm import create_system as create_system
     from mdplug.engines.openmm import force as force
-    from mdplug.potential import evaluate as evaluate
     from mdplug.system import AtomicSystem as AtomicSystem
 
 # torch and OpenMM take seconds to import: names are looked up when they are used.
@@ -22,7 +22,7 @@ _WHERE = {
     "AtomicSystem": "mdplug.system",
     "Calculator": "mdplug.engines.ase",
     "create_system": "mdplug.engines.openmm",
-    "evaluate": "mdplug.potential",
+    "evaluate": "mdplug.deployed",
     "force": "mdplug.engines.openmm",
     "load": "mdplug.artifact",
     "save": "mdplug.artifact",

@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command("mdplug.workflows.convert", "An upstream MACE checkpoint -> a model file.", "checkpoint"),
     "export": Command("mdplug.workflows.export", "A model file -> TorchScript.", "model"),
     "bench": Command("mdplug.workflows.bench", "Time potentials and engines; JSON lines."),
+    "bench-training": Command("mdplug.workflows.bench_training", "Time training beside mace-torch; JSON lines."),
     "doctor": Command("mdplug.workflows.doctor", "What works here, and why not."),
 }
 SHORT = {"output": "-o", "model": "-m"}

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mdplug.artifact import Exported, load, quiet_torchscript, read_spec, save_torchscript
+from mdplug.deployed import Deployed, check_species
 from mdplug.errors import InputError
 from mdplug.pairs_torch import torch_pairs
-from mdplug.potential import Deployed, Model, Potential, check_species, dtype_of
+from mdplug.potential import Model, Potential, dtype_of
 from mdplug.registry import resolve
 from mdplug.units import KJ_MOL_PER_EV, NM
 

@@ -312,9 +312,9 @@ class MACE(Potential):
     @torch.jit.unused
     def with_kernels(self, tables: bool) -> Potential:
         """See `Potential.with_kernels`."""
-        from mdplug import kernels
+        from mdplug.kernels import available
 
-        if self.tabulated or self.radial.detached or not kernels.available():
+        if self.tabulated or self.radial.detached or not available():
             return self.with_tables() if tables else self
         from mdplug.potentials.mace_kernels import KernelMACE
 

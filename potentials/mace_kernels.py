@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mdplug.errors import InputError
 from mdplug.potential import Potential
-from mdplug.potentials.blocks.adjoint_layer import Atoms, Gradients, Graph, KernelLayer, LayerRadial, add_per_irrep
-from mdplug.potentials.blocks.adjoint_layer import per_irrep
+from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial
+from mdplug.potentials.blocks.kernel_layer import KernelLayer, add_per_irrep, per_irrep
 from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
 from mdplug.potentials.mace import MACE
 
@@ -51,16 +51,34 @@ class KernelMACE(Potential):
         left, right = self.definition.harmonics.products()
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
-        self.layers: Any = nn.ModuleList([KernelLayer(self.definition, t) for t in range(len(mace.layers))])
+        self._species_matter = depends_on_species(mace.radial)
+        self._build()
+
+    def _build(self) -> None:
+        """Everything that is derived from the definition and its dtype."""
+        mace = self.definition
+        self.layers: Any = nn.ModuleList([KernelLayer(mace, t) for t in range(len(mace.layers))])
         self.table_error = 0.0
         self.table_report: Dict[str, Any] = {}
-        self._species_matter = depends_on_species(mace.radial)
         self._tables: Dict[Tuple[int, ...], Tables] = {}
-        self._numbers = torch.zeros(0, dtype=torch.int64)
-        self._atoms: Optional[Atoms] = None
-        if tables:
+        self._known: Optional[Tuple[Tensor, Atoms]] = None  # one attribute: threads share this module
+        if self.tabulated:
             # Where elements matter, tables are made for those at hand; these two stand for the error.
             self._tables_for((0,) if not self._species_matter else (0, mace.embedding.shape[0] - 1))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "KernelMACE":
+        """A change of dtype makes tables and blocks anew; another device has no such kernels.
+
+        Raises:
+            InputError: a device other than the CPU.
+        """
+        self.definition._apply(fn, recurse)
+        weight = self.definition.embedding
+        if weight.device.type != "cpu":
+            raise InputError("these kernels run on the CPU alone; move what without_kernels() gives")
+        if weight.dtype != self.layers[0].coefficients.dtype:
+            self._build()
+        return self
 
     # --- forms -------------------------------------------------------------------------------------------------------
 
@@ -129,9 +147,7 @@ class KernelMACE(Potential):
     ) -> Dict[str, Tensor]:
         mace = self.definition
         atoms = self._sorted(numbers, n_owned)
-        vec, r, receiver, sender, first, origin = ops.graph(
-            pairs, vectors, atoms.place, n_owned, float(mace.cutoff)
-        )
+        vec, r, receiver, sender, first, origin = ops.graph(pairs, vectors, atoms.place, n_owned, float(mace.cutoff))
         table, l_max = mace.harmonics.table, mace.harmonics.l_max
         harmonics = ops.harmonics(vec, r, self.left, self.right, table, l_max)
         tables = self._tables_for(atoms.present) if self.tabulated else None
@@ -141,7 +157,8 @@ class KernelMACE(Potential):
             receiving, sending = atoms.species[receiver], atoms.species[sender]
         if tables is not None and self._species_matter:
             table_kind = tables.kind_of[receiving, sending]
-        graph = Graph(r, receiver, sender, first, harmonics, table_kind)
+        sender_kind = atoms.kind.index_select(0, sender)
+        graph = Graph(r, receiver, sender, first, harmonics, sender_kind, table_kind)
         scalars = self._pair_scalars(tables, graph, receiving, sending, atoms.n, gradient)
         radial = [self._layer_radial(t, tables, scalars) for t in range(len(self.layers))]
 
@@ -162,7 +179,7 @@ class KernelMACE(Potential):
         saved: List[Any] = []
         slopes: List[Tensor] = []
         for t, layer in enumerate(self.layers):
-            out, tape = self._send(layer, start if t == 0 else features[t], n_owned, numbers.shape[0])
+            out, tape = self._send(layer, start if t == 0 else features[t], atoms)
             sent.append(out)
             exchanged.append(tape)
             new, kept = layer(features[t], out, radial[t], graph, atoms, scalars.densities.get(t))
@@ -186,19 +203,31 @@ class KernelMACE(Potential):
             result["pair_gradient"] = vectors.new_zeros(vectors.shape).index_copy_(0, origin, grad)
         return result
 
-    def _send(self, layer: KernelLayer, features: Tensor, n_owned: int, n_atoms: int) -> Tuple[Optional[Tensor], Any]:
+    def _send(self, layer: KernelLayer, features: Tensor, atoms: Atoms) -> Tuple[Optional[Tensor], Any]:
         """What neighbours see of all atoms, ((edge_l+1)^2, N, k), and the tape of the exchange where there was one."""
         if layer.t == 0:  # no exchange: ghosts know their own species
             return (None, None) if layer.by_species else (layer.source.send(features.unsqueeze(0)).contiguous(), None)
         own = per_irrep(features, layer.source.up)
-        if n_atoms == n_owned:
+        n_atoms = atoms.place.shape[0]
+        if n_atoms == atoms.n:
             return own, None
-        flat = own.transpose(0, 1).flatten(1)
-        leaf = torch.cat([flat, flat.new_zeros(n_atoms - n_owned, flat.shape[1])]).requires_grad_(True)
+        place = atoms.place.long()
+        rows = own.transpose(0, 1).flatten(1)[place[: atoms.n]]  # engines know atoms in their own order
+        leaf = torch.cat([rows, rows.new_zeros(n_atoms - atoms.n, rows.shape[1])]).requires_grad_(True)
         with torch.enable_grad():
-            filled = self.exchange(leaf, n_owned)
-        shape = (n_atoms, own.shape[0], own.shape[2])
-        return filled.detach().view(shape).transpose(0, 1).contiguous(), (leaf, filled)
+            filled = self.exchange(leaf, atoms.n)
+        by_place = torch.empty_like(filled).index_copy_(0, place, filled.detach())
+        sent = by_place.view(n_atoms, own.shape[0], own.shape[2]).transpose(0, 1).contiguous()
+        return sent, (leaf, filled)
+
+    def _send_back(self, grad: Tensor, tape: Any, atoms: Atoms) -> Tensor:
+        """Cotangent of what the owned atoms sent, from that of what all atoms were seen to send."""
+        if tape is None:
+            return grad
+        leaf, filled = tape
+        rows = grad.transpose(0, 1).flatten(1)[atoms.place.long()]
+        back = torch.autograd.grad(filled, leaf, rows)[0][atoms.order]
+        return back.view(atoms.n, grad.shape[0], grad.shape[2]).transpose(0, 1)
 
     def _adjoint(
         self,
@@ -225,10 +254,7 @@ class KernelMACE(Potential):
             )
             saved[t] = None
             if t > 0 and grad_sent is not None:
-                if exchanged[t] is not None:
-                    leaf, filled = exchanged[t]
-                    back = torch.autograd.grad(filled, leaf, grad_sent.transpose(0, 1).reshape(filled.shape))[0]
-                    grad_sent = back.view(-1, grad_sent.shape[0], grad_sent.shape[2]).transpose(0, 1)[:, : atoms.n]
+                grad_sent = self._send_back(grad_sent, exchanged[t], atoms)
                 add_per_irrep(grad, grad_sent, layer.source.up.transpose(1, 2))
         outputs, cotangents = [], []
         if scalars.repulsion is not None:
@@ -255,9 +281,9 @@ class KernelMACE(Potential):
         Raises:
             InputError: an element that the model does not know.
         """
-        known = self._atoms
-        if known is not None and known.n == n_owned and torch.equal(numbers, self._numbers):
-            return known
+        known = self._known
+        if known is not None and known[1].n == n_owned and torch.equal(numbers, known[0]):
+            return known[1]
         species_of = self.definition.species_of
         species = species_of[torch.clamp(numbers, max=species_of.shape[0] - 1)]
         if bool(((species < 0) | (numbers >= species_of.shape[0])).any()):
@@ -278,17 +304,18 @@ class KernelMACE(Potential):
         if not groups:
             groups.append((present[0] if present else 0, 0, 0))
             present = present or (0,)
-        self._numbers = numbers.clone()
-        self._atoms = Atoms(
+        atoms = Atoms(
             n_owned, order, place, by_place, by_place.to(torch.int32), kind_of[by_place], present, tuple(groups)
         )
-        return self._atoms
+        self._known = (numbers.clone(), atoms)
+        return atoms
 
     def _tables_for(self, present: Tuple[int, ...]) -> Tables:
         key = present if self._species_matter else ()
-        if key not in self._tables:
-            self._tables = {key: make_tables(self.definition, present)}
-            made = self._tables[key]
+        made = self._tables.get(key)
+        if made is None:
+            made = make_tables(self.definition, present)
+            self._tables = {key: made}
             self.table_error = made.slope_error
             self.table_report = {
                 "radial": "quintic splines",
@@ -296,7 +323,7 @@ class KernelMACE(Potential):
                 "value_error": made.value_error,
                 "knots": made.per_kind - 1,
             }
-        return self._tables[key]
+        return made
 
     def _pair_scalars(
         self, tables: Optional[Tables], graph: Graph, receiving: Tensor, sending: Tensor, n: int, gradient: bool

@@ -1,6 +1,10 @@
 """Shared by all tests: GPU tests skip where there is no CUDA device; Ctrl-C is a Ctrl-C."""
 
+import os
 import signal
+
+# Before torch: small systems on several threads wait more than they compute, above all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import selectors
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
@@ -24,17 +21,26 @@ from scipy.spatial.transform import Rotation
 
 import mdplug
 from mdplug.artifact import read_spec
+from mdplug.deployed import check_species
 from mdplug.errors import InputError, MdplugError, ModelFileError, require
 from mdplug.pairs import pairs
-from mdplug.potential import check_species
 from mdplug.registry import resolve
 from mdplug.system import AtomicSystem
 from mdplug.units import G_CM3_PER_AMU_A3
 from mdplug.workflows._common import Config as BaseConfig
 from mdplug.workflows._common import Progress, RunFolder, Stopped, catch_signals, silent, write_atomic
-from mdplug.workflows.bench_peers import ENGINES, RANDOM, Engine, installed
+from mdplug.workflows.bench_limit import limit_of
+from mdplug.workflows.bench_models import RANDOM, describe
+from mdplug.workflows.bench_peers import ENGINES, Engine, compact_of, missing
+from mdplug.workflows.bench_report import OURS, Records, memory, plot, report
+from mdplug.workflows.bench_worker import Worker
 
-OURS = ("mdplug-ase", "mdplug-openmm")
+WRONG = 0.01  # of the rms force: no rounding, no table is that far off
+
+
+def most_of_memory() -> float:
+    """60 % of this machine's, in GiB."""
+    return round(0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
 
 
 class Config(BaseConfig):
@@ -42,8 +48,8 @@ class Config(BaseConfig):
 
     models: list[str] = Field(
         ["l0", "l1"],
-        description="l0: MACE with 96 channels, L=0, 4.5 A; l1: 128 channels, L=1, 5 A (random weights, need "
-        "mdplug[mace]); else a model file, an upstream checkpoint, or the name of a shipped model",
+        description=f"MACE with random weights (needs mdplug[mace]; {describe()}), or a model file, an upstream "
+        "checkpoint, the name of a shipped model",
     )
     molecules: list[int] = Field([64], description="sizes, in water molecules at 1 g/cm3")
     engines: list[Engine] = Field(
@@ -55,6 +61,14 @@ class Config(BaseConfig):
     threads: int = Field(1, ge=1, description="CPU threads of every engine")
     rounds: int = Field(5, ge=1, description="how often the engines take turns")
     steps: int = Field(10, ge=1, description="steps of one turn")
+    turn_s: float = Field(
+        10.0, gt=0, description="a turn ends early after so long; an engine whose one step would take longer, by what "
+        "it took at the size before, is left out",
+    )  # fmt: skip
+    memory_GiB: float = Field(
+        default_factory=most_of_memory, gt=0, description="an engine that needs more, or would by what it needed at "
+        "the size before, is left out; default: 60 % of this machine's",
+    )  # fmt: skip
     warmup: int = Field(5, ge=1, description="steps before the first turn, not counted")
     seed: int = Field(0, description="of weights, orientations and motion")
     patience_s: float = Field(3600.0, gt=0, description="longest wait for one answer (Symmetrix-XL compiles)")
@@ -66,8 +80,11 @@ class Result:
 
     Attributes:
         records: one per engine, model and size: "what", "model", "device", "dtype", "threads", "atoms", "pairs",
-            "ms_per_step" (median), "min_ms", "max_ms", "peak_MiB", "max_dF_eV_A" against "reference", "rms_F_eV_A",
-            "versions"; or "what", "model", "atoms" and "left_out" with the reason.
+            "ms_per_step" (median), "min_ms", "max_ms", "us_per_atom", "steps", "time_to_first_force_s" (from the start
+            of the process), "start_MiB" (before the first forces), "peak_MiB", "max_dF_eV_A" against "reference",
+            "rms_F_eV_A", "fraction_of_limit" (time of the fewest operations known at the machine's rate of multiplying
+            matrices, over the time), "versions"; or "what", "model", "atoms" and "left_out" with the reason. Per model
+            and size one more, "what": "roofline" with "gflops", "copy_GB_s" and, where counted, "mflop_per_atom".
         folder: holds bench.jsonl, bench.md, bench.png and summary.yaml.
     """
 
@@ -75,7 +92,7 @@ class Result:
     folder: Path
 
     def __str__(self) -> str:
-        return "\n".join([*(json.dumps(one) for one in self.records), "", table(self.records)])
+        return "\n".join([*(json.dumps(one) for one in self.records), "", report(self.records)])
 
 
 def water_box(molecules: int, seed: int = 0) -> Atoms:
@@ -101,90 +118,24 @@ def motion(atoms: Atoms, frames: int, seed: int = 0) -> np.ndarray:
     return atoms.positions + sway + rng.normal(0, 0.01, (frames, len(atoms), 3))
 
 
-class Worker:
-    """One engine in its own process (see bench_peers.py).
+def weights(
+    name: str, folder: Path, seed: int, setting: dict[str, Any], patience_s: float, check: Callable[[], None]
+) -> tuple[Path, Path | None]:
+    """(our model file, upstream checkpoint with the same weights or None); made in `folder` where they are not there.
 
     Args:
-        job: what `serve` takes. folder: for its log. patience_s: longest wait for an answer.
-        check: called every second of waiting; may raise.
-
-    Raises:
-        MdplugError: from `ask`, if the process has died or does not answer in time.
+        name: of a random model, a shipped one, or a path. seed: of random weights.
+        setting: "dtype", "threads", "memory_MiB". patience_s, check: as for Worker.
     """
-
-    def __init__(self, job: dict[str, Any], folder: Path, patience_s: float, check: Callable[[], None] = lambda: None):
-        self.what, self._patience, self._check = job["engine"], patience_s, check
-        name = f"{job['engine']}-{job['dtype']}"
-        self._log = folder / f"{name}.log"
-        path = folder / f"{name}.job.json"
-        write_atomic(path, json.dumps(job))
-        threads = str(job["threads"])
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENMM_CPU_THREADS": threads,
-        }  # fmt: skip
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "mdplug.workflows.bench_peers", str(path)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
-                start_new_session=True,  # Ctrl-C is for us: a worker that dies of it would read as a failed engine
-            )  # fmt: skip
-        self._buffer = b""
-
-    def ask(self, request: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Send a request (None: only wait for the first word) and wait for the answer."""
-        assert self._process.stdin is not None
-        if request is not None:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        return json.loads(self._line())
-
-    def _line(self) -> bytes:
-        stream = self._process.stdout
-        assert stream is not None
-        until = time.monotonic() + self._patience
-        with selectors.DefaultSelector() as selector:
-            selector.register(stream, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                if not selector.select(min(1.0, self._patience)):
-                    self._check()
-                    if time.monotonic() > until:
-                        raise MdplugError(f"{self.what} did not answer within {self._patience:g} s; see {self._log}")
-                    continue
-                more = os.read(stream.fileno(), 65536)
-                if not more:
-                    self._process.wait()
-                    said = self._log.read_text(errors="replace").strip().splitlines() or ["no message"]
-                    raise MdplugError(f"{self.what} stopped: {said[-1].strip()}; see {self._log}")
-                self._buffer += more
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return line
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            stream.close()
-
-
-def _weights(name: str, config: Config, folder: Path) -> tuple[Path, Path | None]:
-    """(our model file, upstream checkpoint with the same weights or None)."""
     if name in RANDOM:
         require("mace", extra="mace")
         upstream = folder / f"{name}.model"
         if not upstream.exists():
             frame, part = folder / f"{name}.extxyz", folder / f"{name}.part"
-            write(frame, water_box(64, config.seed))
-            job = {"build": name, "seed": config.seed, "structure": str(frame), "upstream": str(part)}
-            write_atomic(folder / f"{name}.build.json", json.dumps(job))
-            command = [sys.executable, "-m", "mdplug.workflows.bench_peers", str(folder / f"{name}.build.json")]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise MdplugError(f"mace-torch could not build {name}: {done.stderr.strip().splitlines()[-1]}")
+            write(frame, water_box(64, seed))
+            job = {"engine": "build", "model": name, "seed": seed, "structure": str(frame), "upstream": str(part)}
+            with Worker({**setting, **job}, folder, patience_s, check) as worker:
+                worker.ask()
             part.replace(upstream)
     elif (path := resolve(name)) and zipfile.is_zipfile(path):
         try:
@@ -202,127 +153,182 @@ def _weights(name: str, config: Config, folder: Path) -> tuple[Path, Path | None
     return ours, upstream
 
 
-def _measure(
-    name: str, molecules: int, config: Config, folder: Path, progress: Progress, check: Callable[[], None]
-) -> list[dict[str, Any]]:
-    """Records of one model at one size."""
-    ours, upstream = _weights(name, config, folder)
-    spec = read_spec(ours)
-    atoms = water_box(molecules, config.seed)
-    system = AtomicSystem.from_ase(atoms)
-    check_species(system.numbers, spec)
-    total = config.warmup + config.rounds * config.steps
-    write(folder / "box.extxyz", atoms)
-    # The last two are for the forces alone: an engine may remember what it has seen.
-    np.save(folder / "frames.npy", motion(atoms, total + 2, config.seed))
-    job = {
-        "structure": str(folder / "box.extxyz"), "frames": str(folder / "frames.npy"), "model": str(ours),
-        "upstream": str(upstream), "device": config.device, "dtype": config.dtype, "threads": config.threads,
-    }  # fmt: skip
-    common = {
-        "model": name, "device": config.device, "dtype": config.dtype, "threads": config.threads,
-        "atoms": len(atoms), "pairs": pairs(system, spec.cutoff).n_pairs,
-    }  # fmt: skip
-    kept, checked = folder / "forces.npy", [total, total + 1]
-    judge: Engine = "mace-torch" if upstream is not None and installed("mace-torch") else "mdplug-ase"
-    progress(0, config.rounds, f"{name}, {len(atoms)} atoms: reference forces of {judge} in float64")
-    with Worker({**job, "engine": judge, "dtype": "float64"}, folder, config.patience_s, check) as worker:
-        worker.ask()
-        worker.ask({"frames": checked, "keep": str(kept)})
-        expected = np.load(kept)
-    common |= {"reference": f"{judge} float64", "rms_F_eV_A": float(np.sqrt((expected**2).mean()))}
+def too_much(engine: str, model: str, atoms: int, known: Records, config: Config, factor: float = 1.0) -> str:
+    """Why an engine is not tried at a size, judged by what it did at the next smaller one; empty if it is.
 
-    records: dict[Engine, dict[str, Any]] = {}
-    with ExitStack() as stack:
-        workers: dict[Engine, Worker] = {}
-        engine: Engine
-        for engine in config.engines:
-            records[engine] = {"what": engine, "model": name, "atoms": len(atoms)}
-            if not installed(engine):
-                records[engine]["left_out"] = "not installed"
-                continue
-            if upstream is None and engine not in OURS:
-                records[engine]["left_out"] = "has no such weights"
-                continue
-            progress(0, config.rounds, f"{name}, {len(atoms)} atoms: starting {engine}")
-            worker = stack.enter_context(Worker({**job, "engine": engine}, folder, config.patience_s, check))
+    Args:
+        known: records so far. factor: how much more time and memory than in those is expected (2: float64).
+    """
+    smaller = [r for r in known if (r["what"], r["model"]) == (engine, model) and r["atoms"] < atoms]
+    if not smaller:
+        return ""
+    last = max(smaller, key=lambda r: r["atoms"])
+    if "left_out" in last:
+        return last["left_out"]
+    grown = factor * atoms / last["atoms"]
+    seconds = 1e-3 * last["ms_per_step"] * grown
+    gib = (last["start_MiB"] + max(last["peak_MiB"] - last["start_MiB"], 0.0) * grown) / 1024
+    if seconds > config.turn_s:
+        return f"a step would take about {seconds:.0f} s at {atoms} atoms (turn_s: {config.turn_s:g})"
+    if gib > config.memory_GiB:
+        return f"it would need about {gib:.0f} GiB at {atoms} atoms (memory_GiB: {config.memory_GiB:g})"
+    return ""
+
+
+class _Case:
+    """One model at one size: starts the engines, checks their forces, lets them take turns.
+
+    Args:
+        name: of the model. molecules: size. folder: for scratch files. known: records of smaller sizes.
+        progress, check: as for `run` and Worker.
+    """
+
+    def __init__(
+        self, name: str, molecules: int, config: Config, folder: Path, known: Records, progress: Progress,
+        check: Callable[[], None],
+    ):  # fmt: skip
+        self.name, self.config, self.folder, self.known, self.check = name, config, folder, known, check
+        setting = {"device": config.device, "dtype": config.dtype, "threads": config.threads}
+        limits = {"memory_MiB": 1024 * config.memory_GiB}
+        ours, self.upstream = weights(name, folder, config.seed, setting | limits, config.patience_s, check)
+        self.spec = read_spec(ours)
+        atoms = water_box(molecules, config.seed)
+        self.n_atoms, self.n_elements = len(atoms), len(np.unique(atoms.numbers))
+        system = AtomicSystem.from_ase(atoms)
+        check_species(system.numbers, self.spec)
+        self.say = lambda done, text="": progress(done, config.rounds, f"{name}, {len(atoms)} atoms{text}")
+        # The last two frames are for the forces alone: an engine may remember what it has seen.
+        total = config.warmup + config.rounds * config.steps
+        self.checked = [total, total + 1]
+        write(folder / "box.extxyz", atoms)
+        np.save(folder / "frames.npy", motion(atoms, total + 2, config.seed))
+        head = self.spec.heads[0] if len(self.spec.heads) > 1 else None
+        self.job = {
+            "structure": str(folder / "box.extxyz"), "frames": str(folder / "frames.npy"), "model": str(ours),
+            "upstream": str(self.upstream), "head": head, **setting, **limits,
+        }  # fmt: skip
+        n_pairs = pairs(system, self.spec.cutoff).n_pairs
+        self.common: dict[str, Any] = {"model": name, **setting, "atoms": self.n_atoms, "pairs": n_pairs}
+        self.workers: dict[str, Worker] = {}
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def start(self, engine: str, **change: Any) -> Worker:
+        """Its process, starting."""
+        self.say(0, f": starting {engine}")
+        return Worker({**self.job, "engine": engine, **change}, self.folder, self.config.patience_s, self.check)
+
+    def forces(self, worker: Worker) -> np.ndarray:
+        """(2, N, 3) eV/A, of frames that are for this alone."""
+        kept = self.folder / "forces.npy"
+        worker.ask({"frames": self.checked, "keep": str(kept), "at_most_s": math.inf})
+        return np.load(kept)
+
+    def reference(self) -> np.ndarray:
+        """Forces in float64: of mace-torch where it has the weights and can be expected to cope, else ours."""
+        judges = ["mdplug-ase"]
+        if self.upstream is not None and not missing("mace-torch", self.config.device):
+            judges.insert(0, "mace-torch")
+            if too_much("mace-torch", self.name, self.n_atoms, self.known, self.config, factor=2.0):
+                judges.pop(0)
+        for judge in judges:
             try:
-                versions = worker.ask()["versions"]
-                worker.ask({"frames": checked, "keep": str(kept)})
-                difference = float(np.abs(np.load(kept) - expected).max())
-                worker.ask({"frames": list(range(config.warmup)), "keep": None})
-            except Stopped:
-                raise
+                with self.start(judge, dtype="float64") as worker:
+                    worker.ask()
+                    found = self.forces(worker)
             except MdplugError as error:
-                records[engine]["left_out"] = str(error)
-                continue
-            workers[engine] = worker
-            records[engine] |= {**common, "max_dF_eV_A": difference, "versions": versions, "times": []}
-        order = list(workers)
-        for turn in range(config.rounds):
-            check()
-            progress(turn, config.rounds, f"{name}, {len(atoms)} atoms")
-            first = config.warmup + turn * config.steps
-            for engine in order[turn % len(order) :] + order[: turn % len(order)]:
-                said = workers[engine].ask({"frames": list(range(first, first + config.steps)), "keep": None})
-                records[engine]["times"] += said["milliseconds"]
-                records[engine]["peak_MiB"] = round(said["peak_MiB"], 1)
-        progress(config.rounds, config.rounds, f"{name}, {len(atoms)} atoms")
-    for record in records.values():
-        if "times" in record:
-            times = record.pop("times")
-            record["ms_per_step"] = round(float(np.median(times)), 4)
-            record["min_ms"], record["max_ms"] = round(min(times), 4), round(max(times), 4)
-            record["steps"] = len(times)
-    return list(records.values())
+                if isinstance(error, Stopped) or judge == "mdplug-ase":
+                    raise
+            else:
+                break
+        self.common |= {"reference": f"{judge} float64", "rms_F_eV_A": float(np.sqrt((found**2).mean()))}
+        return found
 
+    def leave_out(self, engine: str, reason: str) -> None:
+        """Record why it does not take part."""
+        self.records[engine] = {"what": engine, "model": self.name, "atoms": self.n_atoms, "left_out": reason}
+        if engine in self.workers:
+            self.workers.pop(engine).kill()  # it may hold memory
 
-def table(records: list[dict[str, Any]]) -> str:
-    """The records as a Markdown table; the last column is the time of mace-torch over the time of each."""
-    base = {(r["model"], r["atoms"]): r["ms_per_step"] for r in records if r["what"] == "mace-torch" and "pairs" in r}
-    lines = [
-        "| model | atoms | pairs | engine | ms per step: median | min | max | us per atom | peak MiB | max dF, eV/A | "
-        "times mace-torch |",
-        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for r in records:
-        if "left_out" in r:
-            lines.append(f"| {r['model']} | {r['atoms']} | | {r['what']} | left out: {r['left_out']} | | | | | | |")
-            continue
-        of = base.get((r["model"], r["atoms"]))
-        ratio = "" if of is None else f"{of / r['ms_per_step']:.2f}"
-        lines.append(
-            f"| {r['model']} | {r['atoms']} | {r['pairs']} | {r['what']} | {r['ms_per_step']:.2f} | {r['min_ms']:.2f} "
-            f"| {r['max_ms']:.2f} | {1e3 * r['ms_per_step'] / r['atoms']:.1f} | {r['peak_MiB']:.0f} "
-            f"| {r['max_dF_eV_A']:.1e} | {ratio} |"
-        )
-    return "\n".join(lines)
+    def enter(self, engine: Engine, expected: np.ndarray, stack: ExitStack) -> None:
+        """Start an engine and compare its forces, or leave it out."""
+        reason = missing(engine, self.config.device)
+        if not reason and self.upstream is None and engine not in OURS:
+            reason = "has no such weights"
+        if reason or (reason := too_much(engine, self.name, self.n_atoms, self.known, self.config)):
+            self.leave_out(engine, reason)
+            return
+        try:
+            if engine == "symmetrix" and not compact_of(str(self.upstream)).exists():
+                with self.start("compact", memory_MiB=1e6) as worker:  # of the conversion, not of the engine
+                    worker.ask()
+            self.workers[engine] = stack.enter_context(self.start(engine))
+            first = self.workers[engine].ask()
+            difference = float(np.abs(self.forces(self.workers[engine]) - expected).max())
+        except MdplugError as error:
+            if isinstance(error, Stopped):
+                raise
+            self.leave_out(engine, str(error))
+            return
+        if not difference < WRONG * self.common["rms_F_eV_A"]:  # NaN, too
+            self.leave_out(engine, f"its forces are those of another function: off by {difference:.2g} eV/A")
+            return
+        self.records[engine] = {
+            "what": engine, **self.common, "max_dF_eV_A": difference, "versions": first["versions"],
+            "time_to_first_force_s": round(first["first_force_s"], 3), "start_MiB": round(first["start_MiB"], 1),
+        }  # fmt: skip
 
+    def turn(self, engine: str, begin: int, steps: int) -> list[float]:
+        """Milliseconds of its next steps; empty, and it is left out, if it dies of them."""
+        request = {"frames": list(range(begin, begin + steps)), "keep": None, "at_most_s": self.config.turn_s}
+        try:
+            said = self.workers[engine].ask(request)
+        except MdplugError as error:
+            if isinstance(error, Stopped):
+                raise
+            self.leave_out(engine, str(error))
+            return []
+        self.records[engine]["peak_MiB"] = round(said["peak_MiB"], 1)
+        return said["milliseconds"]
 
-def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Time per step over system size, a panel for each model."""
-    from matplotlib.figure import Figure
-
-    measured = [r for r in records if "left_out" not in r]
-    models = list(dict.fromkeys(r["model"] for r in measured))
-    figure = Figure(figsize=(4.5 * max(len(models), 1), 4), layout="constrained")
-    for panel, model in enumerate(models):
-        axes = figure.add_subplot(1, len(models), panel + 1)
-        for k, engine in enumerate(ENGINES):
-            rows = sorted(
-                (r for r in measured if r["model"] == model and r["what"] == engine), key=lambda r: r["atoms"]
-            )
-            if rows:
-                middle = np.array([r["ms_per_step"] for r in rows])
-                spread = np.abs(np.array([[r["min_ms"] for r in rows], [r["max_ms"] for r in rows]]) - middle)
-                axes.errorbar([r["atoms"] for r in rows], middle, spread, marker="osD^v"[k], capsize=3, label=engine)
-        axes.set(xscale="log", yscale="log", xlabel="atoms", ylabel="ms per step", title=Path(model).stem)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=150, format="png")
+    def run(self) -> Records:
+        """The records; first that of the machine."""
+        expected, config = self.reference(), self.config
+        rates: list[dict[str, float]] = []
+        with ExitStack() as stack:
+            for engine in config.engines:
+                self.enter(engine, expected, stack)
+            # The next frame of each: none is skipped, so that pair lists age as in a liquid.
+            at = {one: len(self.turn(one, 0, config.warmup)) for one in list(self.workers)}
+            times: dict[str, list[float]] = {one: [] for one in at}
+            roofline = stack.enter_context(self.start("roofline", memory_MiB=1e6))
+            roofline.ask()
+            for k in range(config.rounds):
+                self.check()
+                self.say(k)
+                rates.append(roofline.ask({}))
+                order = list(self.workers)
+                shift = k % max(len(order), 1)
+                for one in order[shift:] + order[:shift]:
+                    some = self.turn(one, at[one], config.steps)
+                    at[one] += len(some)
+                    times[one] += some
+            self.say(config.rounds)
+        limit = {key: round(float(np.median([one[key] for one in rates])), 2) for key in rates[0]}
+        mflop = limit_of(self.spec, self.common["pairs"] / self.n_atoms, self.n_elements)
+        for one in self.workers:
+            ms, some = float(np.median(times[one])), times[one]
+            record = self.records[one]
+            record |= {"ms_per_step": round(ms, 4), "min_ms": round(min(some), 4), "max_ms": round(max(some), 4)}
+            record |= {"us_per_atom": round(1e3 * ms / self.n_atoms, 3), "steps": len(some)}
+            if mflop is not None:
+                record["fraction_of_limit"] = float(f"{mflop * self.n_atoms / (ms * limit['gflops']):.3g}")
+        setting = {key: self.common[key] for key in ("model", "device", "dtype", "threads", "atoms")}
+        machine = {"what": "roofline", **setting, **limit}
+        return [machine | ({} if mflop is None else {"mflop_per_atom": round(mflop, 3)}), *self.records.values()]
 
 
 @contextmanager
-def _stoppable() -> Iterator[Callable[[], None]]:
+def stoppable() -> Iterator[Callable[[], None]]:
     """A function that raises once a signal has asked for an end."""
     with catch_signals() as caught:
 
@@ -342,7 +348,7 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
     """
     if not config.molecules or min(config.molecules) < 1:
         raise InputError(f"molecules must be sizes of at least 1, got {config.molecules}")
-    with RunFolder(config.output, "bench", config, may_change=("models", "molecules")) as folder, _stoppable() as check:
+    with RunFolder(config.output, "bench", config, may_change=("models", "molecules")) as folder, stoppable() as check:
         log = folder / "bench.jsonl"
         known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         done = {(r["model"], r["atoms"]) for r in known}
@@ -352,9 +358,9 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
             for molecules in sorted(config.molecules):
                 check()
                 if (name, 3 * molecules) not in done:
-                    known += _measure(name, molecules, config, scratch, progress, check)
+                    known += _Case(name, molecules, config, scratch, known, progress, check).run()
                     write_atomic(log, "".join(json.dumps(one) + "\n" for one in known))
-        write_atomic(folder / "bench.md", table(known) + "\n")
+        write_atomic(folder / "bench.md", report(known) + "\n")
         plot(known, folder / "bench.png")
-        folder.summary(records=known)
+        folder.summary(records=known, memory=memory(known))
     return Result(known, config.output)

@@ -6,86 +6,51 @@ stdin, a JSON line each, which frames to evaluate, and answers on stdout with th
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import resource
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 Step = Callable[[np.ndarray], tuple[float, np.ndarray]]
 """(N, 3) positions in A -> energy in eV, (N, 3) forces in eV/A."""
 
-Engine = Literal["mdplug-ase", "mdplug-openmm", "mace-torch", "openmmml", "symmetrix"]
+Engine = Literal[
+    "mdplug-ase", "mdplug-openmm", "mace-torch", "mace-torch-compile", "mace-torch-cueq", "openmmml", "symmetrix"
+]
 # What to import and which versions to state, by engine.
 PACKAGES: dict[Engine, tuple[str, tuple[str, ...]]] = {
     "mdplug-ase": ("mdplug", ("mdplug", "torch", "ase")),
     "mdplug-openmm": ("openmm", ("mdplug", "torch", "openmm")),
     "mace-torch": ("mace", ("mace-torch", "torch", "e3nn", "ase")),
+    "mace-torch-compile": ("mace", ("mace-torch", "torch", "e3nn", "ase")),
+    "mace-torch-cueq": ("cuequivariance_torch", ("mace-torch", "cuequivariance-torch", "torch", "ase")),
     "openmmml": ("openmmml", ("openmmml", "mace-torch", "torch", "openmm")),
     "symmetrix": ("symmetrix", ("symmetrix-xl", "ase")),
 }
 ENGINES: tuple[Engine, ...] = tuple(PACKAGES)
-# Random-weight models: irreps between layers, cutoff in A, mean number of neighbours.
-RANDOM: dict[str, tuple[str, float, float]] = {
-    "l0": ("96x0e", 4.5, 40.0),
-    "l1": ("128x0e+128x1o", 5.0, 54.0),
-}
 
 
-def installed(engine: Engine) -> bool:
-    """Whether the engine's package is here; mace-torch is behind openmmml's MACE, too."""
-    wanted = [PACKAGES[engine][0], *(["mace"] if engine in ("openmmml", "symmetrix") else [])]
-    return all(importlib.util.find_spec(name) is not None for name in wanted)
-
-
-def build(name: str, seed: int, frame: Any, path: Path) -> None:
-    """Write an upstream checkpoint with random weights, scaled to a force of 1 eV/A (rms) in a frame.
-
-    Args:
-        name: of `RANDOM`. seed: of the weights. frame: ase.Atoms. path: file to write.
-    """
-    import mace  # noqa: F401  (before e3nn)
-    import torch
-    from e3nn import o3
-    from mace import modules
-    from mace.calculators import MACECalculator
-
-    irreps, r_max, neighbours = RANDOM[name]
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(seed)
-    model = modules.ScaleShiftMACE(
-        r_max=r_max,
-        num_bessel=8,
-        num_polynomial_cutoff=5,
-        max_ell=3,
-        interaction_cls=modules.blocks.RealAgnosticResidualInteractionBlock,
-        interaction_cls_first=modules.blocks.RealAgnosticInteractionBlock,
-        num_interactions=2,
-        num_elements=2,
-        hidden_irreps=o3.Irreps(irreps),
-        MLP_irreps=o3.Irreps("16x0e"),
-        atomic_energies=np.array([-13.6, -432.6]),
-        avg_num_neighbors=neighbours,
-        atomic_numbers=[1, 8],
-        correlation=3,
-        gate=torch.nn.functional.silu,
-        atomic_inter_scale=1.0,
-        atomic_inter_shift=0.0,
-    )
-    atoms = frame.copy()
-    atoms.calc = MACECalculator(models=[model], device="cpu", default_dtype="float64")
-    rms = float(np.sqrt((atoms.get_forces() ** 2).mean()))
-    scale: Any = model.scale_shift.scale
-    scale.fill_(float(f"{1.0 / rms:.3g}"))  # rounded: the same file on every machine
-    torch.save(model, path)
+def missing(engine: Engine, device: str) -> str:
+    """Why an engine cannot take part here; empty if it can."""
+    behind = ["mace"] if engine in ("openmmml", "symmetrix", "mace-torch-cueq") else []
+    if any(importlib.util.find_spec(name) is None for name in (PACKAGES[engine][0], *behind)):
+        return "not installed"
+    if engine == "mace-torch-cueq" and device == "cpu":
+        return "has no kernels for the CPU"
+    if engine == "symmetrix" and device != "cpu":
+        return "only its CPU backend is wired here"
+    return ""
 
 
 def _atoms(job: dict[str, Any]) -> Any:
@@ -129,24 +94,41 @@ def _topology(job: dict[str, Any]) -> Any:
     return topology_from_ase(_atoms(job))
 
 
+def _load(job: dict[str, Any]) -> Any:
+    import mdplug
+
+    return mdplug.load(job["model"], device=job["device"], dtype=job["dtype"], head=job["head"])
+
+
 def _mdplug_ase(job: dict[str, Any]) -> Step:
     import mdplug
 
-    return _through_ase(job, mdplug.Calculator(mdplug.load(job["model"], device=job["device"], dtype=job["dtype"])))
+    return _through_ase(job, mdplug.Calculator(_load(job)))
 
 
 def _mdplug_openmm(job: dict[str, Any]) -> Step:
     import mdplug
 
-    potential = mdplug.load(job["model"], device=job["device"], dtype=job["dtype"])
-    return _through_openmm(job, mdplug.create_system(_topology(job), potential, remove_cm=False))
+    return _through_openmm(job, mdplug.create_system(_topology(job), _load(job), remove_cm=False))
 
 
-def _mace_torch(job: dict[str, Any]) -> Step:
+def _mace_torch(job: dict[str, Any], **options: Any) -> Step:
     from mace.calculators import MACECalculator
 
-    calculator = MACECalculator(model_paths=job["upstream"], device=job["device"], default_dtype=job["dtype"])
+    if job["head"] is not None:
+        options["head"] = job["head"]
+    calculator = MACECalculator(
+        model_paths=job["upstream"], device=job["device"], default_dtype=job["dtype"], **options
+    )
     return _through_ase(job, calculator)
+
+
+def _mace_torch_compile(job: dict[str, Any]) -> Step:
+    return _mace_torch(job, compile_mode="default")
+
+
+def _mace_torch_cueq(job: dict[str, Any]) -> Step:
+    return _mace_torch(job, enable_cueq=True)
 
 
 def _openmmml(job: dict[str, Any]) -> Step:
@@ -160,22 +142,23 @@ def _openmmml(job: dict[str, Any]) -> Step:
     return _through_openmm(job, system)
 
 
+def compact_of(upstream: str | Path) -> Path:
+    """Where Symmetrix-XL's form of a checkpoint lies."""
+    return Path(upstream).with_suffix(".json")
+
+
 def _symmetrix(job: dict[str, Any]) -> Step:
-    compact = Path(job["upstream"]).with_suffix(".json")
-    if not compact.exists():  # by its own converter, which brings torch: kept out of this process
-        code = "from symmetrix.cli.extract_mace import main; main()"
-        arguments = ["--model", job["upstream"], "--output", str(compact.with_suffix(".part"))]
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=sys.stderr)
-        compact.with_suffix(".part").replace(compact)
     from symmetrix import Symmetrix
 
-    return _through_ase(job, Symmetrix(str(compact), dtype=job["dtype"]))
+    return _through_ase(job, Symmetrix(str(compact_of(job["upstream"])), dtype=job["dtype"], head=job["head"]))
 
 
 START: dict[str, Callable[[dict[str, Any]], Step]] = {
     "mdplug-ase": _mdplug_ase,
     "mdplug-openmm": _mdplug_openmm,
     "mace-torch": _mace_torch,
+    "mace-torch-compile": _mace_torch_compile,
+    "mace-torch-cueq": _mace_torch_cueq,
     "openmmml": _openmmml,
     "symmetrix": _symmetrix,
 }
@@ -187,55 +170,119 @@ def peak_mib(device: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with contextlib.suppress(OSError):  # Linux; what getrusage says there includes the parent that started us
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    # In KiB, but in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def guard(limit_mib: float) -> None:
+    """End this process with a word on stderr once it holds more memory than that, before the machine suffers."""
+
+    def watch() -> None:
+        while peak_mib("cpu") < limit_mib:
+            time.sleep(0.05)
+        sys.stderr.write(f"it needs more than {limit_mib / 1024:.1f} GiB\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def timed(jobs: Iterable[Callable[[], Any]], at_most_s: float) -> tuple[list[float], list[Any]]:
+    """Milliseconds and results of one after the other; no further one once `at_most_s` have passed."""
+    milliseconds, results = [], []
+    start = time.perf_counter()
+    for one in jobs:
+        begin = time.perf_counter()
+        results.append(one())
+        end = time.perf_counter()
+        milliseconds.append(1e3 * (end - begin))
+        if end - start > at_most_s:
+            break
+    return milliseconds, results
 
 
 def _versions(engine: Engine) -> dict[str, str]:
-    return {name: metadata.version(name) for name in PACKAGES[engine][1]}
+    found = {name: metadata.version(name) for name in PACKAGES[engine][1]}
+    if "mdplug" in found:
+        from mdplug.kernels import instruction_set
+
+        found["kernels"] = instruction_set() or "plain torch"
+    return found
 
 
-def serve(job: dict[str, Any], requests: Iterator[str], answers: IO[str]) -> None:
-    """Start the engine, then answer requests {"frames": [k, ...], "keep": file or null} until they end.
+Answer = Callable[..., None]
+"""Takes what to say by keyword."""
+
+
+def serve(job: dict[str, Any], requests: Iterator[dict[str, Any]], answer: Answer) -> None:
+    """Start the engine, then answer requests {"frames": [k, ...], "keep": file or null, "at_most_s"} until they end.
 
     Args:
-        job: {"engine", "structure", "frames", "model", "upstream", "device", "dtype", "threads"}.
-        requests: JSON lines. answers: JSON lines go there.
+        job: {"engine", "structure", "frames", "model", "upstream", "head", "device", "dtype", "threads", "started"};
+            the last is the time.time() at which this process was asked for.
     """
+    if job["engine"] != "symmetrix":
+        import torch
+
+        torch.set_num_threads(job["threads"])
+    if job["engine"] == "roofline":
+        from mdplug.workflows.bench_limit import rates
+
+        measure = rates(job["dtype"], job["device"])
+        answer()
+        for _ in requests:
+            answer(**measure())
+        return
+    step = START[job["engine"]](job)
+    frames = np.load(job["frames"])
+    start = peak_mib(job["device"])
+    step(frames[0])
+    answer(first_force_s=time.time() - job["started"], start_MiB=start, versions=_versions(job["engine"]))
+    for request in requests:
+        milliseconds, results = timed((partial(step, frames[k]) for k in request["frames"]), request["at_most_s"])
+        if request["keep"] is not None:
+            np.save(request["keep"], np.array([forces for _, forces in results], dtype=np.float64))
+        answer(milliseconds=milliseconds, peak_MiB=peak_mib(job["device"]))
+
+
+def be_worker(serve: Callable[[dict[str, Any], Iterator[dict[str, Any]], Answer], None]) -> None:
+    """The main function of a process that bench_worker.Worker started: job in a file, requests on stdin."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
 
     def answer(**what: Any) -> None:
         answers.write(json.dumps(what) + "\n")
         answers.flush()
 
-    if job["engine"] != "symmetrix":
-        import torch
-
-        torch.set_num_threads(job["threads"])
-    step = START[job["engine"]](job)
-    frames = np.load(job["frames"])
-    answer(versions=_versions(job["engine"]))
-    for line in requests:
-        request = json.loads(line)
-        milliseconds, forces = [], []
-        for k in request["frames"]:
-            begin = time.perf_counter()
-            _, force = step(frames[k])
-            milliseconds.append(1e3 * (time.perf_counter() - begin))
-            forces.append(force)
-        if request["keep"] is not None:
-            np.save(request["keep"], np.array(forces, dtype=np.float64))
-        answer(milliseconds=milliseconds, peak_MiB=peak_mib(job["device"]))
+    guard(job["memory_MiB"])
+    serve(job, map(json.loads, iter(sys.stdin.readline, "")), answer)
 
 
-def main() -> None:
-    """`python -m mdplug.workflows.bench_peers JOB.json`."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    if job.get("build"):
-        build(job["build"], job["seed"], _atoms(job), Path(job["upstream"]))
+def _prepare(job: dict[str, Any]) -> None:
+    if job["engine"] == "build":
+        from mdplug.workflows.bench_models import build
+
+        build(job["model"], job["seed"], _atoms(job), Path(job["upstream"]))
         return
-    serve(job, iter(sys.stdin.readline, ""), answers)
+    from symmetrix.cli.extract_mace import main
+
+    path = compact_of(job["upstream"])
+    sys.argv = ["extract", "--model", job["upstream"], "--output", str(path.with_suffix(".part"))]
+    main()
+    path.with_suffix(".part").replace(path)
+
+
+def _prepare_or_serve(job: dict[str, Any], requests: Iterator[dict[str, Any]], answer: Answer) -> None:
+    if job["engine"] in ("build", "compact"):
+        _prepare(job)
+        answer()
+        return
+    serve(job, requests, answer)
 
 
 if __name__ == "__main__":
-    main()
+    be_worker(_prepare_or_serve)

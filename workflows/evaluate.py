@@ -16,8 +16,9 @@ from ase.data import chemical_symbols
 from ase.formula import Formula
 from pydantic import Field
 
+from mdplug.deployed import check_species
 from mdplug.errors import InputError
-from mdplug.potential import Model, check_species
+from mdplug.potential import Model
 from mdplug.workflows._common import (
     ModelConfig,
     Progress,

@@ -9,10 +9,10 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
+from mdplug.deployed import head_of, reference_energy
 from mdplug.engines.openmm import Simulation, check_ensemble, create_system, errors_of, plug_of, pressure_tensor_bar
 from mdplug.engines.openmm.topology import box_A_of
 from mdplug.errors import InputError, RunFolderError
-from mdplug.potential import head_of, reference_energy
 from mdplug.system import AtomicSystem
 from mdplug.units import KJ_MOL_PER_EV, NM, PS
 from mdplug.workflows.md_files import Frame

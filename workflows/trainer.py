@@ -16,8 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mdplug.deployed import call, deploy
 from mdplug.errors import InputError, RunFolderError
-from mdplug.potential import Model, Potential, call, deploy
+from mdplug.potential import Model, Potential
 from mdplug.workflows._common import Config, write_atomic
 from mdplug.workflows.dataset import Batch, Loader
 from mdplug.workflows.loss import LossConfig, loss

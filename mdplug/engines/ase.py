@@ -11,8 +11,9 @@ from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from mdplug.deployed import deploy, evaluate
 from mdplug.pairs import PairList
-from mdplug.potential import Model, deploy, device_of, evaluate
+from mdplug.potential import Model, device_of
 from mdplug.system import AtomicSystem
 
 if TYPE_CHECKING:

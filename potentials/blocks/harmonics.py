@@ -152,9 +152,7 @@ class SphericalHarmonics(Constants):
     def products(self) -> Tuple[Tensor, Tensor]:
         """(monomials of degree 2 and more,) int32: each is monomial `left` of the whole list times axis `right`."""
         starts = [sum(len(monomials(k)) for k in range(ell)) for ell in range(self.l_max + 1)]
-        offset = torch.cat(
-            [torch.full((size,), starts[k + 1]) for k, size in enumerate(self.sizes)] + [torch.zeros(0)]
-        )
+        offset = torch.cat([torch.full((size,), starts[k + 1]) for k, size in enumerate(self.sizes)] + [torch.zeros(0)])
         return (self.left.cpu() + offset).to(torch.int32), self.right.cpu().to(torch.int32)
 
 

@@ -1,8 +1,8 @@
-"""Radial functions of each layer as quintic splines in the form that the kernels interpolate: value, slope and curvature.
+"""Radial functions of each layer as quintic splines, in the form that the kernels interpolate.
 
-A layer of which the neighbour density suffices has a table of few features (the singular vectors of its radial net); any
-other has a table of all its functions, channel by channel. Where a net sees the elements, there is a table for each pair
-of the elements at hand.
+A layer of which the neighbour density suffices has a table of few features (the singular vectors of its radial net);
+any other has a table of all its functions, channel by channel. Where a net sees the elements, there is a table for each
+pair of the elements at hand.
 """
 
 import copy
@@ -11,6 +11,7 @@ from typing import Any, List, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
+from mdplug.kernels.spline import quintic
 from mdplug.potentials.blocks.radial import NoTransform, PlainNet
 from mdplug.potentials.blocks.tables import (
     ERROR_FROM,
@@ -42,7 +43,8 @@ class Tables(NamedTuple):
     """Tables of all layers for some elements.
 
     Attributes:
-        layers: see `LayerTable`. kind_of: (S, S) int32, table of each pair of species. step: A. per_kind: knots of each.
+        layers: see `LayerTable`. kind_of: (S, S) int32, table of each pair of species. step: A.
+        per_kind: knots of each table.
         densities: SplineRadial of the density columns of the layers that have one.
         slope_error, value_error: relative rms errors, worst layer.
     """
@@ -59,7 +61,7 @@ class Tables(NamedTuple):
 def block_channels(k: int, l_in: int, dtype: torch.dtype) -> int:
     """Channels that a kernel treats at a time: two lines of cache where features are scalars and fill them."""
     lanes = LANES[dtype]
-    return 2 * lanes if l_in == 0 and k % (2 * lanes) == 0 else lanes
+    return 2 * lanes if k % (2 * lanes) == 0 else lanes
 
 
 def depends_on_species(radial: Any) -> bool:
@@ -74,7 +76,8 @@ def derivatives(radial: Any, r: Tensor, kinds: List[Tuple[int, int]]) -> List[Te
         radial: exact, in float64. r: (points,) A. kinds: species of receiver and sender, a table each.
     """
     small = 1e-4  # A; central differences of exact slopes are good to 1e-8, and robust for any net
-    values, slopes = sample(radial, torch.cat([r, r - small, r + small]), kinds, len(radial.nets))
+    with torch.enable_grad():  # tables may be made in the middle of an evaluation
+        values, slopes = sample(radial, torch.cat([r, r - small, r + small]), kinds, len(radial.nets))
     out = []
     for value, slope in zip(values, slopes, strict=True):
         here, before, after = slope.chunk(3, dim=1)
@@ -175,7 +178,7 @@ def _errors(r: Tensor, step: float, scaled: Tensor, truth: Tensor, weight: Tenso
     """Relative rms error of slope and value of the functions that reach the messages.
 
     Args:
-        scaled: (kinds, knots, 3, columns) numbers at the knots. truth: (kinds, points, 3, columns). weight: (b, anything).
+        scaled: (kinds, knots, 3, columns) numbers at the knots. truth: (kinds, points, 3, columns). weight: (b, any).
     """
     x = (r - FIRST_KNOT) / step
     index = x.floor().clamp(0, scaled.shape[1] - 2).long()
@@ -188,19 +191,3 @@ def _errors(r: Tensor, step: float, scaled: Tensor, truth: Tensor, weight: Tenso
         missed = (got @ weight - wanted).norm(dim=(1, 2)) / wanted.norm(dim=(1, 2)).clamp_min(1e-30)
         out.append(float(missed.max()))
     return out[0], out[1]
-
-
-def quintic(s: Tensor, step: float) -> Tuple[Tensor, Tensor]:
-    """(n, 6) weights of value, slope x step and curvature x step^2 at both knots: for the value, and for the slope."""
-    u = 1 - s
-    h3 = s**3 * (10 + s * (6 * s - 15))
-    value = [
-        1 - h3, s + s**3 * (s * (8 - 3 * s) - 6), 0.5 * s**2 * u**3,
-        h3, s**3 * (s * (7 - 3 * s) - 4), 0.5 * s**3 * u**2,
-    ]  # fmt: skip
-    d3 = 30 * s**2 * u**2
-    slope = [
-        -d3, 1 + s**2 * (s * (32 - 15 * s) - 18), 0.5 * s * (2 + s * (s * (12 - 5 * s) - 9)),
-        d3, s**2 * (s * (28 - 15 * s) - 12), 0.5 * s**2 * (3 + s * (5 * s - 8)),
-    ]  # fmt: skip
-    return torch.stack(value, dim=1), torch.stack(slope, dim=1) / step

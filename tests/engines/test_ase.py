@@ -17,9 +17,9 @@ from ase.optimize import LBFGS
 
 import mdplug
 from mdplug import Calculator
+from mdplug.deployed import deploy
 from mdplug.engines import ase as engine
 from mdplug.errors import InputError
-from mdplug.potential import deploy
 from mdplug.potentials.pair import LennardJones
 from mdplug.potentials.stillinger_weber import StillingerWeber
 from mdplug.spec import Spec

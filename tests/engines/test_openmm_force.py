@@ -15,10 +15,10 @@ from in_openmm import argon, context_of, in_openmm, lennard_jones, read, silicon
 from openmm import app
 
 import mdplug
+from mdplug.deployed import evaluate
 from mdplug.engines.openmm import check_ensemble, create_system, errors_of, force, plug_of, plugs_of
 from mdplug.engines.openmm.topology import box_A_of, reduced_box, topology_from_ase
 from mdplug.errors import InputError, ModelFileError
-from mdplug.potential import evaluate
 from mdplug.potentials.stillinger_weber import StillingerWeber
 from mdplug.system import AtomicSystem
 from mdplug.units import KJ_MOL_PER_EV, NM

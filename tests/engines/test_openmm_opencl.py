@@ -5,10 +5,10 @@ import openmm
 import pytest
 from in_openmm import context_of, in_openmm, read, silicon, water
 
+from mdplug.deployed import evaluate
 from mdplug.engines.openmm import create_system, errors_of, force, plug_of, pressure_tensor_bar
 from mdplug.engines.openmm.topology import guess_bonds, topology_from_ase
 from mdplug.errors import SimulationError
-from mdplug.potential import evaluate
 from mdplug.potentials.pair import LennardJones
 from mdplug.potentials.stillinger_weber import StillingerWeber
 from mdplug.system import AtomicSystem

@@ -12,10 +12,10 @@ from in_openmm import context_of, read, water
 from openmm import app, unit
 
 import mdplug
+from mdplug.deployed import evaluate
 from mdplug.engines.openmm import plug_of, plugs_of
 from mdplug.engines.openmm.topology import guess_bonds, topology_from_ase
 from mdplug.errors import InputError
-from mdplug.potential import evaluate
 from mdplug.potentials.pair import Morse
 from mdplug.system import AtomicSystem
 from mdplug.units import KJ_MOL_PER_EV, NM

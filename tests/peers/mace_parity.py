@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import ase
 import numpy as np
 
-from mdplug.potential import Model, Prediction, evaluate
+from mdplug.deployed import Prediction, evaluate
+from mdplug.potential import Model
 from mdplug.system import AtomicSystem
 
 ENERGY_EV_PER_ATOM = 1e-9

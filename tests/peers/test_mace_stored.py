@@ -8,8 +8,8 @@ from peers import mace_zoo
 from peers.mace_fixtures import FOLDER, checkpoint, expected
 from peers.mace_parity import arrays, check, system_of
 
+from mdplug.deployed import evaluate
 from mdplug.errors import ModelFileError
-from mdplug.potential import evaluate
 from mdplug.potentials.convert.mace import convert_module
 
 # Of two independent codes (mace-torch 0.3.16 and a re-implementation): interaction energy (eV), force on O (eV/A).

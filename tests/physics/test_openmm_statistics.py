@@ -12,9 +12,10 @@ from ase import Atoms
 from in_openmm import context_of, lennard_jones, read
 from openmm import unit
 
+from mdplug.deployed import Deployed, evaluate
 from mdplug.engines.openmm import create_system, force, plug_of
 from mdplug.engines.openmm.topology import reduced_box, topology_from_ase
-from mdplug.potential import Deployed, Potential, evaluate
+from mdplug.potential import Potential
 from mdplug.potentials.pair import LennardJones
 from mdplug.spec import Spec
 from mdplug.system import AtomicSystem

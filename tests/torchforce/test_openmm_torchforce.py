@@ -11,11 +11,11 @@ from in_openmm import argon, context_of, lennard_jones, read, silicon, water
 from openmm import unit
 
 import mdplug
+from mdplug.deployed import evaluate
 from mdplug.engines.openmm import create_system
 from mdplug.engines.openmm.topology import topology_from_ase
 from mdplug.engines.openmm.torchforce import torch_force, versions_that_work
 from mdplug.errors import InputError, MdplugError
-from mdplug.potential import evaluate
 from mdplug.potentials.mace import MACE, describe
 from mdplug.potentials.stillinger_weber import StillingerWeber
 from mdplug.system import AtomicSystem

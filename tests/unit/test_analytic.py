@@ -10,8 +10,8 @@ from ase.calculators.lj import LennardJones as AseLennardJones
 from contract import liquid
 
 from mdplug import units
+from mdplug.deployed import evaluate
 from mdplug.errors import InputError
-from mdplug.potential import evaluate
 from mdplug.potentials.pair import ZBL, LennardJones, Morse
 from mdplug.potentials.stillinger_weber import StillingerWeber
 from mdplug.system import AtomicSystem

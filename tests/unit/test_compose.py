@@ -5,8 +5,8 @@ import torch
 from contract import liquid
 
 from mdplug.compose import Ensemble, Sum
+from mdplug.deployed import evaluate
 from mdplug.errors import InputError
-from mdplug.potential import evaluate
 from mdplug.potentials.pair import ZBL, LennardJones
 from mdplug.potentials.stillinger_weber import StillingerWeber
 from mdplug.system import AtomicSystem

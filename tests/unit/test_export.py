@@ -16,9 +16,9 @@ from packaging.requirements import Requirement
 
 import mdplug
 from mdplug.artifact import SPEC_KEY, read_spec
+from mdplug.deployed import Deployed, evaluate
 from mdplug.errors import InputError, ModelFileError
 from mdplug.export import export, for_torchforce, portable
-from mdplug.potential import Deployed, evaluate
 from mdplug.potentials.mace import MACE, describe
 from mdplug.potentials.pair import ZBL, LennardJones, Morse
 from mdplug.potentials.stillinger_weber import StillingerWeber

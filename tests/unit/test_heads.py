@@ -5,7 +5,7 @@ import json
 import pytest
 
 import mdplug
-from mdplug.potential import evaluate
+from mdplug.deployed import evaluate
 from mdplug.potentials.pair import LennardJones
 from mdplug.spec import Spec
 from mdplug.system import AtomicSystem

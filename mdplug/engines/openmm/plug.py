@@ -22,11 +22,12 @@ import openmm
 import torch
 from openmm import app
 
+from mdplug.deployed import call, check_species, deploy
 from mdplug.engines.openmm.guard import check_positions, check_result, write_frames
 from mdplug.engines.openmm.source import ModelFile, model_of, open_model
 from mdplug.errors import InputError
 from mdplug.pairs import PairList
-from mdplug.potential import Model, call, check_species, deploy
+from mdplug.potential import Model
 from mdplug.spec import Spec
 from mdplug.system import AtomicSystem
 from mdplug.units import KJ_MOL_PER_EV, NM

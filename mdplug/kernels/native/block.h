@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define MDPLUG_BYTES 64
@@ -90,10 +93,40 @@ MDPLUG_INLINE T lanes(typename Native<T>::type a) {
   return x[0];
 }
 
-// Lane sums of `count` registers, added to out[0..count).
+// Lane sums of four registers.
+template <class T>
+MDPLUG_INLINE void four_lane_sums(const typename Native<T>::type* a, T* out) {
+  for (int i = 0; i < 4; ++i) out[i] = lanes<T>(a[i]);
+}
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+MDPLUG_INLINE __m256 halved(Native<float>::type a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+MDPLUG_INLINE __m256d halved(Native<double>::type a) {
+  return _mm256_add_pd(_mm512_castpd512_pd256(a), _mm512_extractf64x4_pd(a, 1));
+}
+#else
+MDPLUG_INLINE __m256 halved(Native<float>::type a) { return a; }
+MDPLUG_INLINE __m256d halved(Native<double>::type a) { return a; }
+#endif
+template <>
+MDPLUG_INLINE void four_lane_sums<float>(const Native<float>::type* a, float* out) {
+  const __m256 x = _mm256_hadd_ps(halved(a[0]), halved(a[1])), y = _mm256_hadd_ps(halved(a[2]), halved(a[3]));
+  const __m256 z = _mm256_hadd_ps(x, y);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(z), _mm256_extractf128_ps(z, 1)));
+}
+template <>
+MDPLUG_INLINE void four_lane_sums<double>(const Native<double>::type* a, double* out) {
+  const __m256d x = _mm256_hadd_pd(halved(a[0]), halved(a[1])), y = _mm256_hadd_pd(halved(a[2]), halved(a[3]));
+  _mm256_storeu_pd(out, _mm256_add_pd(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31)));
+}
+#endif
+
+// Lane sums of `count` registers, `count` a multiple of four.
 template <class T>
 MDPLUG_INLINE void lane_sums(const typename Native<T>::type* a, int count, T* out) {
-  for (int i = 0; i < count; ++i) out[i] += lanes<T>(a[i]);
+  for (int i = 0; i < count; i += 4) four_lane_sums<T>(a + i, out + i);
 }
 
 // Memory in whole lines of cache, not initialised.
@@ -112,21 +145,3 @@ class Scratch {
 };
 
 }  // namespace MDPLUG_ISA
-
-#if defined(__AVX__) && !defined(__AVX512F__)
-#include <immintrin.h>
-namespace MDPLUG_ISA {
-template <>
-MDPLUG_INLINE void lane_sums<float>(const Native<float>::type* a, int count, float* out) {
-  int i = 0;
-  for (; i + 8 <= count; i += 8) {
-    __m256 h0 = _mm256_hadd_ps(a[i], a[i + 1]), h1 = _mm256_hadd_ps(a[i + 2], a[i + 3]);
-    __m256 h2 = _mm256_hadd_ps(a[i + 4], a[i + 5]), h3 = _mm256_hadd_ps(a[i + 6], a[i + 7]);
-    __m256 g0 = _mm256_hadd_ps(h0, h1), g1 = _mm256_hadd_ps(h2, h3);
-    __m256 low = _mm256_permute2f128_ps(g0, g1, 0x20), high = _mm256_permute2f128_ps(g0, g1, 0x31);
-    _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_loadu_ps(out + i), _mm256_add_ps(low, high)));
-  }
-  for (; i < count; ++i) out[i] += lanes<float>(a[i]);
-}
-}  // namespace MDPLUG_ISA
-#endif

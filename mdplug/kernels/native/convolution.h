@@ -97,11 +97,12 @@ struct Slice {
   int64_t begin, e0, channel;
   int count;
 
-  MDPLUG_INLINE Block<T, C> radial_of(const Path& path, int64_t e, const T* weight) const {
-    if (table) {
-      const int64_t row = int64_t(paths.n_paths) * kOrders * C;
-      return interpolate<T, C>(table + knots[e - e0].row * row + path.number * kOrders * C, row, weight);
-    }
+  MDPLUG_INLINE const T* row(const Path& path, int64_t e, int64_t stride) const {
+    return table + knots[e - e0].row * stride + path.number * kOrders * C;
+  }
+  MDPLUG_INLINE Block<T, C> radial_of(const Path& path, int64_t e) const {
+    const int64_t stride = int64_t(paths.n_paths) * kOrders * C;
+    if (table) return interpolate<T, C>(row(path, e, stride), stride, knots[e - e0].value);
     const T* values = static_cast<const T*>(radial.values);
     return Block<T, C>::load(values + ((e - e0) * paths.n_paths + path.number) * paths.shape.k + channel, count);
   }
@@ -158,7 +159,7 @@ MDPLUG_INLINE void add_pairs(const Slice<T, C>& s, const Group& group, int64_t e
   }
   for (const Path& path : group.paths) {
     B r[G];
-    for (int g = 0; g < G; ++g) r[g] = s.radial_of(path, e + g, s.knots[s.table ? e + g - s.e0 : 0].value);
+    for (int g = 0; g < G; ++g) r[g] = s.radial_of(path, e + g);
     T* sum = sums + path.outer * C;
     for (int m1 = 0; m1 < 2 * path.l1 + 1; ++m1, sum += M * C) {
       B left[G];
@@ -175,7 +176,7 @@ MDPLUG_INLINE void add_pairs(const Slice<T, C>& s, const Group& group, int64_t e
 template <class T, int C, int M>
 void group_forward(const Slice<T, C>& s, const Group& group, int64_t from, int64_t to, T* sums, T* out) {
   using B = Block<T, C>;
-  constexpr int G = 4;
+  constexpr int G = Block<T, C>::NV <= 2 ? 4 : 2;  // as many as the registers hold
   for (int64_t i = from; i < to; ++i) {
     std::memset(sums, 0, sizeof(T) * group.n_outer * C);
     int64_t e = s.first[i];
@@ -241,11 +242,16 @@ void group_backward(const Slice<T, C>& s, const Group& group, int64_t from, int6
     for (int64_t e = s.first[i]; e < s.first[i + 1]; ++e) {
       const T *y = s.harmonics + e * n_y + group.l2 * group.l2, *own = s.features(e);
       T* to_sender = dh + int64_t(s.sender[e]) * n_sent * C;
-      V d[M], along = V{};
-      for (int m = 0; m < M; ++m) d[m] = V{};
+      constexpr int N = (M + 4) / 4 * 4;  // derivatives by Y, then by r
+      V d[N];
+      for (int m = 0; m < N; ++m) d[m] = V{};
       for (const Path& path : group.paths) {
-        const Knot<T>& at = s.knots[s.table ? e - s.e0 : 0];
-        const B r = s.radial_of(path, e, at.value);
+        B r, slope = B::zero();
+        const int64_t stride = int64_t(s.paths.n_paths) * kOrders * C;
+        if (s.table)
+          interpolate<T, C>(s.row(path, e, stride), stride, s.knots[e - s.e0], r, slope);
+        else
+          r = s.radial_of(path, e);
         B into = B::zero();  // sum over m1 of H[m1] t[m1]: cotangent of R_p
         const T* qs = q + path.outer * C;
         for (int m1 = 0; m1 < 2 * path.l1 + 1; ++m1, qs += M * C) {
@@ -262,15 +268,16 @@ void group_backward(const Slice<T, C>& s, const Group& group, int64_t from, int6
           total.fma(r, t);
           total.store(sum);
         }
-        if (s.table) {
-          const B slope = s.radial_of(path, e, at.slope);
-          for (int v = 0; v < B::NV; ++v) along += slope.v[v] * into.v[v];
-        } else {
+        if (s.table)
+          for (int v = 0; v < B::NV; ++v) d[M] += slope.v[v] * into.v[v];
+        else
           into.store(dr + ((e - s.e0) * s.paths.n_paths + path.number) * s.paths.shape.k + s.channel, s.count);
-        }
       }
-      lane_sums<T>(d, M, dy + (e - s.e0) * n_y + group.l2 * group.l2);
-      if (s.table) dr[e - s.e0] += lanes<T>(along);
+      T sums[N];
+      lane_sums<T>(d, N, sums);
+      T* to_y = dy + (e - s.e0) * n_y + group.l2 * group.l2;
+      for (int m = 0; m < M; ++m) to_y[m] += sums[m];
+      if (s.table) dr[e - s.e0] += sums[M];
     }
   }
 }

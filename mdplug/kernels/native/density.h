@@ -70,7 +70,7 @@ void density_backward(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t 
   constexpr int W = Native<T>::width;
   const int64_t n = end - begin, width = (b + W - 1) / W * W, row = kinds * b, e0 = first[begin], atoms = 4;
   auto body = [&](int64_t task) {
-    Scratch<T> grad_of(kinds * m * width), work(3 * width), wide(m * W);
+    Scratch<T> grad_of(kinds * m * width), work(3 * width), wide((m + 3) / 4 * 4 * W), sums(m + 3);
     T *g = grad_of.data(), *phi = work.data(), *slope = phi + width, *back = slope + width;
     V* d = reinterpret_cast<V*>(wide.data());
     std::memset(g, 0, sizeof(T) * kinds * m * width);
@@ -83,7 +83,7 @@ void density_backward(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t 
       for (int64_t e = first[begin + i]; e < first[begin + i + 1]; ++e) {
         features<T>(radial, e, e - e0, b, phi, slope);
         const T *of_kind = g + species[e] * m * width, *y = harmonics + e * m;
-        for (int64_t j = 0; j < m; ++j) d[j] = V{};
+        for (int64_t j = 0; j < (m + 3) / 4 * 4; ++j) d[j] = V{};
         for (int64_t c = 0; c < width; c += W) {
           const V f = *reinterpret_cast<const U*>(phi + c);
           V sum = V{};
@@ -94,9 +94,8 @@ void density_backward(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t 
           }
           *reinterpret_cast<U*>(back + c) = sum;
         }
-        T* dy = grad_harmonics + (e - e0) * m;
-        std::memset(dy, 0, sizeof(T) * m);
-        lane_sums<T>(d, int(m), dy);
+        lane_sums<T>(d, int((m + 3) / 4 * 4), sums.data());
+        std::memcpy(grad_harmonics + (e - e0) * m, sums.data(), sizeof(T) * m);
         if (radial.table) {
           V along = V{};
           for (int64_t c = 0; c < width; c += W)

@@ -51,6 +51,18 @@ MDPLUG_INLINE Block<T, C> interpolate(const T* row, int64_t stride, const T* wei
   return out;
 }
 
+// Value and slope together: every number is loaded once.
+template <class T, int C>
+MDPLUG_INLINE void interpolate(const T* row, int64_t stride, const Knot<T>& at, Block<T, C>& value, Block<T, C>& slope) {
+  using B = Block<T, C>;
+  value = slope = B::zero();
+  for (int o = 0; o < 2 * kOrders; ++o) {
+    const B a = B::load(o < kOrders ? row + o * C : row + stride + (o - kOrders) * C);
+    value.fma(at.value[o], a);
+    slope.fma(at.slope[o], a);
+  }
+}
+
 template <class Body>
 void run(MdplugParallel parallel, int64_t n, Body& body) {
   if (n <= 0) return;

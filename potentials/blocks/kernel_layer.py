@@ -1,74 +1,18 @@
 """One layer of MACE on the kernels: forward pass, and its adjoint in explicit form."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mdplug.potentials.blocks.contraction import sparse_polynomial
-from mdplug.potentials.blocks.harmonics import real_3j
 from mdplug.potentials.blocks.interaction import GatedMessenger
+from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial, coupling
 from mdplug.potentials.blocks.knots import LANES, in_blocks
 from mdplug.potentials.blocks.tables import FIRST_KNOT
 
 ops: Any = torch.ops.mdplug
 AT_A_TIME = 2**24  # numbers of radial functions held at a time where they are not tabulated
-
-
-class Atoms(NamedTuple):
-    """Owned atoms sorted by species; does not change while nothing but positions does.
-
-    Attributes:
-        n: owned atoms. order: (n,) sorted place -> atom. place: (N,) int32 atom -> sorted place, ghosts as they are.
-        species: (N,) int64, in sorted order. kind: (N,) int32, place of the species in `present`.
-        present: species that occur among all atoms. groups: (species, begin, end) of the owned atoms.
-    """
-
-    n: int
-    order: Tensor
-    place: Tensor
-    species: Tensor
-    species32: Tensor
-    kind: Tensor
-    present: Tuple[int, ...]
-    groups: Tuple[Tuple[int, int, int], ...]
-
-
-class Graph(NamedTuple):
-    """Pairs inside the cutoff, sorted by receiver; what the operator `graph` returns, and harmonics.
-
-    Attributes:
-        r: (P,) A. receiver, sender: (P,) int32 sorted places. first: (n + 1,) int32. harmonics: (P, (l_max+1)^2).
-        table_kind: (P,) int32 or empty.
-    """
-
-    r: Tensor
-    receiver: Tensor
-    sender: Tensor
-    first: Tensor
-    harmonics: Tensor
-    table_kind: Tensor
-
-
-class LayerRadial(NamedTuple):
-    """Radial functions of one layer: a table (see `knots`), or columns (P, b) with their weight (b, P, k)."""
-
-    table: Tensor
-    columns: Tensor
-    weight: Tensor
-    step: float
-    per_kind: int
-
-
-class Gradients:
-    """Cotangents of what pairs hold, summed over the layers."""
-
-    def __init__(self, graph: Graph):
-        self.harmonics = torch.zeros_like(graph.harmonics)
-        self.r = torch.zeros_like(graph.r)
-        self.columns: Dict[int, Tensor] = {}
-        self.density: Dict[int, Tensor] = {}
 
 
 class KernelLayer(nn.Module):
@@ -107,9 +51,11 @@ class KernelLayer(nn.Module):
     def linear(self, radial: LayerRadial, atoms: Atoms) -> List[List[Tensor]]:
         """For each group of receivers, for each l, the matrix that follows the messages (rows, K)."""
         key = (*atoms.present, -1, *(g[0] for g in atoms.groups))
-        if key not in self._weights:
-            self._weights = {key: [self._linear(radial, atoms.present, species) for species, _, _ in atoms.groups]}
-        return self._weights[key]
+        made = self._weights.get(key)
+        if made is None:
+            made = [self._linear(radial, atoms.present, species) for species, _, _ in atoms.groups]
+            self._weights = {key: made}
+        return made
 
     def _linear(self, radial: LayerRadial, present: Tuple[int, ...], receiver: int) -> List[Tensor]:
         messenger: Any = self.source.messenger
@@ -141,7 +87,7 @@ class KernelLayer(nn.Module):
         """New features ((l_out+1)^2, n, K), and what `backward` needs.
 
         Args:
-            features: ((l_in+1)^2, n, K) sorted. sent: ((edge_l+1)^2, N, k) of all atoms; None where the element says all.
+            features: ((l_in+1)^2, n, K) sorted. sent: ((edge_l+1)^2, N, k) of all atoms; None where elements say all.
             rho: (n,) density.
         """
         saved: List[Any] = []
@@ -162,7 +108,8 @@ class KernelLayer(nn.Module):
                     norm = 1.0 / (rho[begin:end] + 1.0).view(1, -1, 1)
                     mixed.mul_(norm)
                 tape = norm
-            product = ops.polynomial(mixed, self.coefficients, self._kinds(atoms, begin, end), self.nodes, self.term, self.starts)  # fmt: skip
+            kinds = self._kinds(atoms, begin, end)
+            product = ops.polynomial(mixed, self.coefficients, kinds, self.nodes, self.term, self.starts)
             out = per_irrep(product, self.source.mix)
             if self.source.has_skip:
                 add_per_irrep(out, features[:, begin:end], self._skip(species))
@@ -184,7 +131,7 @@ class KernelLayer(nn.Module):
         if sent is None:
             density = ops.density(
                 graph.harmonics, radial.table, radial.columns[first:last], graph.r, graph.table_kind,
-                atoms.kind.index_select(0, graph.sender), graph.first, len(atoms.present), begin, end, FIRST_KNOT,
+                graph.sender_kind, graph.first, len(atoms.present), begin, end, FIRST_KNOT,
                 radial.step, radial.per_kind,
             )  # fmt: skip
             return [density[ell * ell : (ell + 1) ** 2] for ell in range(self.l_max + 1)]
@@ -231,7 +178,8 @@ class KernelLayer(nn.Module):
         self, messages: List[Tensor], sent: Optional[Tensor], rho: Optional[Tensor], begin: int, end: int
     ) -> Tuple[Tensor, Any]:
         """Gates by a small tape of their own: they are element-wise."""
-        assert sent is not None and rho is not None
+        assert sent is not None
+        assert rho is not None
         messenger: Any = self.source.messenger
         with torch.enable_grad():
             leaves = [*messages, sent[:, begin:end].detach(), rho[begin:end].detach()]
@@ -278,7 +226,8 @@ class KernelLayer(nn.Module):
             if self.gated:
                 out, leaves = tape
                 *d_messages, d_own, d_rho = torch.autograd.grad(out, leaves, d_mixed)
-                assert grad_own is not None and grad_rho is not None
+                assert grad_own is not None
+                assert grad_rho is not None
                 grad_own[:, begin:end] += d_own
                 grad_rho[begin:end] = d_rho
                 part = self._convolve_backward(d_messages, sent, radial, graph, begin, end, gradients)  # type: ignore[arg-type]
@@ -323,7 +272,7 @@ class KernelLayer(nn.Module):
         first, last = int(graph.first[begin]), int(graph.first[end])
         d_harmonics, d_radial = ops.density_backward(
             graph.harmonics, radial.table, radial.columns[first:last], graph.r, graph.table_kind,
-            atoms.kind.index_select(0, graph.sender), graph.first, len(atoms.present), begin, end, FIRST_KNOT,
+            graph.sender_kind, graph.first, len(atoms.present), begin, end, FIRST_KNOT,
             radial.step, radial.per_kind, d_density,
         )  # fmt: skip
         gradients.harmonics[first:last] += d_harmonics
@@ -335,7 +284,14 @@ class KernelLayer(nn.Module):
             gradients.columns[self.t][first:last] = d_radial
 
     def _convolve_backward(
-        self, parts: List[Tensor], sent: Tensor, radial: LayerRadial, graph: Graph, begin: int, end: int, gradients: Gradients
+        self,
+        parts: List[Tensor],
+        sent: Tensor,
+        radial: LayerRadial,
+        graph: Graph,
+        begin: int,
+        end: int,
+        gradients: Gradients,
     ) -> Tensor:
         """Cotangent of `sent` from receivers begin..end, whose messages have the cotangents `parts`."""
         tabulated = radial.table.numel() > 0
@@ -375,21 +331,3 @@ def add_per_irrep(out: Tensor, features: Tensor, weight: Tensor) -> None:
         if (ell + 1) ** 2 > min(out.shape[0], features.shape[0]):
             break
         out[rows] += torch.matmul(features[rows], weight[ell])
-
-
-def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:
-    """Clebsch-Gordan terms of all paths, by output component.
-
-    Returns:
-        (n, 2) int32: outer component (path, m1, m2) and output component (path, m3); (n,) float64 coefficients.
-    """
-    index, value, outer, out = [], [], 0, 0
-    for l1, l2, l3 in paths:
-        block = np.sqrt(2 * l3 + 1) * real_3j(l1, l2, l3)
-        for m3 in range(2 * l3 + 1):
-            for m1, m2 in zip(*np.nonzero(np.abs(block[:, :, m3]) > 1e-12), strict=True):
-                index.append((outer + m1 * (2 * l2 + 1) + m2, out + m3))
-                value.append(block[m1, m2, m3])
-        outer += (2 * l1 + 1) * (2 * l2 + 1)
-        out += 2 * l3 + 1
-    return np.array(index, dtype=np.int32), np.array(value)

@@ -1,0 +1,83 @@
+"""What the layers of a MACE on the kernels share: sorted atoms and pairs, radial functions, cotangents of the pairs."""
+
+from typing import Dict, List, NamedTuple, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdplug.potentials.blocks.harmonics import real_3j
+
+
+class Atoms(NamedTuple):
+    """Owned atoms sorted by species; does not change while nothing but positions does.
+
+    Attributes:
+        n: owned atoms. order: (n,) sorted place -> atom. place: (N,) int32 atom -> sorted place, ghosts as they are.
+        species: (N,) int64, in sorted order. kind: (N,) int32, place of the species in `present`.
+        present: species that occur among all atoms. groups: (species, begin, end) of the owned atoms.
+    """
+
+    n: int
+    order: Tensor
+    place: Tensor
+    species: Tensor
+    species32: Tensor
+    kind: Tensor
+    present: Tuple[int, ...]
+    groups: Tuple[Tuple[int, int, int], ...]
+
+
+class Graph(NamedTuple):
+    """Pairs inside the cutoff, sorted by receiver; what the operator `graph` returns, and harmonics.
+
+    Attributes:
+        r: (P,) A. receiver, sender: (P,) int32 sorted places. first: (n + 1,) int32. harmonics: (P, (l_max+1)^2).
+        sender_kind: (P,) int32, see `Atoms.kind`. table_kind: (P,) int32 or empty.
+    """
+
+    r: Tensor
+    receiver: Tensor
+    sender: Tensor
+    first: Tensor
+    harmonics: Tensor
+    sender_kind: Tensor
+    table_kind: Tensor
+
+
+class LayerRadial(NamedTuple):
+    """Radial functions of one layer: a table (see `knots`), or columns (P, b) with their weight (b, P, k)."""
+
+    table: Tensor
+    columns: Tensor
+    weight: Tensor
+    step: float
+    per_kind: int
+
+
+class Gradients:
+    """Cotangents of what pairs hold, summed over the layers."""
+
+    def __init__(self, graph: Graph):
+        self.harmonics = torch.zeros_like(graph.harmonics)
+        self.r = torch.zeros_like(graph.r)
+        self.columns: Dict[int, Tensor] = {}
+        self.density: Dict[int, Tensor] = {}
+
+
+def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:
+    """Clebsch-Gordan terms of all paths, by output component.
+
+    Returns:
+        (n, 2) int32: outer component (path, m1, m2) and output component (path, m3); (n,) float64 coefficients.
+    """
+    index, value, outer, out = [], [], 0, 0
+    for l1, l2, l3 in paths:
+        block = np.sqrt(2 * l3 + 1) * real_3j(l1, l2, l3)
+        for m3 in range(2 * l3 + 1):
+            for m1, m2 in zip(*np.nonzero(np.abs(block[:, :, m3]) > 1e-12), strict=True):
+                index.append((outer + m1 * (2 * l2 + 1) + m2, out + m3))
+                value.append(block[m1, m2, m3])
+        outer += (2 * l1 + 1) * (2 * l2 + 1)
+        out += 2 * l3 + 1
+    return np.array(index, dtype=np.int32), np.array(value)
