@@ -29,7 +29,8 @@ from mdplug.workflows import _common as common
 from mdplug.workflows._common import Progress, RunFolder, Stopped, catch_signals, disk_errors, sha256, silent
 from mdplug.workflows._structures import read_structures
 from mdplug.workflows.journal import Journal, Outcome
-from mdplug.workflows.sample import Recipe, Start, structures
+from mdplug.workflows.sample import Recipe, structures
+from mdplug.workflows.sampling import Start
 from mdplug.workflows.xtb import XTB
 
 RECIPES = (".yaml", ".yml")
@@ -267,9 +268,10 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
     began = time.monotonic()
     recipe = Recipe.read(config.inputs[0]) if config.inputs[0].suffix in RECIPES else None
     units: list[Any] = list(recipe.starts()) if recipe is not None else list(read_frames(config))
+    inputs = (*config.inputs, *(recipe.models() if recipe is not None else ()))
     with (
         catch_signals() as caught,
-        RunFolder(config.output, "label", config, inputs=config.inputs, may_change=("workers",)) as folder,
+        RunFolder(config.output, "label", config, inputs=inputs, may_change=("workers",)) as folder,
     ):
         journal = Journal(folder.path)
         ids = [unit.id for unit in units]

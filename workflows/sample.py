@@ -6,47 +6,33 @@ own, so that starts can run in any order and in any process and give the same st
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
-from ase.md.langevin import Langevin
-from ase.units import fs as ase_fs
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mdplug.errors import InputError
-from mdplug.units import BOLTZMANN
+from mdplug.registry import resolve as resolve_model
 from mdplug.workflows import clusters
 from mdplug.workflows._common import Config
 from mdplug.workflows.molecules import Template, conformers, resolve
-
-CalculatorFactory = Callable[[], Calculator]
-
-
-class _Task(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    name: str
-    split: str = "train"
-    valid_every: int = Field(0, ge=0, description="every n-th start goes to the split 'valid'; 0: none")
-    fmax_eV_A: float = Field(15.0, gt=0, description="structures with a larger force are left out")
-
-
-class _Dynamics(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    temperatures_K: tuple[float, ...] = (300.0, 400.0, 500.0, 700.0)
-    timestep_fs: float = Field(default=1.5, gt=0, le=3)
-    steps: int = Field(default=30, ge=0)
-    save_every: int = Field(default=10, ge=1)
-    friction_1_fs: float = Field(default=0.02, gt=0)
+from mdplug.workflows.sample_liquid import Liquid, liquid
+from mdplug.workflows.sampling import (
+    BaseTask,
+    CalculatorFactory,
+    DynamicsSettings,
+    Start,
+    cluster_kind,
+    langevin,
+    relax,
+)
 
 
-class IsolatedAtoms(_Task):
+class IsolatedAtoms(BaseTask):
     """Free atoms and ions: ``symbols`` maps for example ``Li+`` to [charge, 2S+1]."""
 
     kind: Literal["atoms"]
@@ -56,13 +42,13 @@ class IsolatedAtoms(_Task):
         return 1
 
 
-class Molecules(_Task):
+class Molecules(BaseTask):
     """Single molecules: dynamics from thermal geometries of several conformers, and distortions of its frames."""
 
     kind: Literal["molecules"]
     molecules: tuple[str, ...]
     starts_each: int = Field(10, ge=1)
-    dynamics: _Dynamics = _Dynamics()
+    dynamics: DynamicsSettings = DynamicsSettings()
     resampled: int = Field(1, ge=0, description="harmonic thermal geometries for each frame of dynamics")
     rattled_A: tuple[float, ...] = ()
 
@@ -70,7 +56,7 @@ class Molecules(_Task):
         return self.starts_each * len(self.molecules)
 
 
-class Clusters(_Task):
+class Clusters(BaseTask):
     """Dense clusters of whole molecules: short relaxation, dynamics, and one-label variations of its frames."""
 
     kind: Literal["clusters"]
@@ -81,7 +67,7 @@ class Clusters(_Task):
     ions: tuple[tuple[float, dict[str, int]], ...] = Field(((1.0, {}),), description="[weight, {ion: count}] ...")
     contact: tuple[float, float] = Field((0.78, 0.95), description="contacts over sums of contact radii when packed")
     relax_steps: int = Field(8, ge=0)
-    dynamics: _Dynamics = _Dynamics()
+    dynamics: DynamicsSettings = DynamicsSettings()
     resampled: int = 1
     nudged: int = 0
     scaled: tuple[float, ...] = Field((), description="factors between centres of mass, one drawn for each frame")
@@ -90,7 +76,7 @@ class Clusters(_Task):
         return self.count
 
 
-class Contacts(_Task):
+class Contacts(BaseTask):
     """Two molecules pushed together, one chosen pair of atoms at a chosen distance."""
 
     kind: Literal["contacts"]
@@ -104,7 +90,7 @@ class Contacts(_Task):
         return self.count
 
 
-class Bonds(_Task):
+class Bonds(BaseTask):
     """Every bond of a molecule scanned from compressed to broken."""
 
     kind: Literal["bonds"]
@@ -116,7 +102,7 @@ class Bonds(_Task):
         return len(self.molecules)
 
 
-Task = Annotated[IsolatedAtoms | Molecules | Clusters | Contacts | Bonds, Field(discriminator="kind")]
+Task = Annotated[IsolatedAtoms | Molecules | Clusters | Contacts | Bonds | Liquid, Field(discriminator="kind")]
 
 
 class Recipe(Config):
@@ -126,6 +112,19 @@ class Recipe(Config):
     seed: int
     tasks: tuple[Task, ...]
     first_starts: int | None = Field(None, ge=1, description="only so many of the starts, a fair part of every task")
+
+    @classmethod
+    def read(cls, file: Path | None = None, given: Mapping[str, Any] | None = None) -> Self:
+        """See `read_config`; model files are looked for beside the recipe first."""
+        recipe = super().read(file, given)
+        for task in recipe.tasks:
+            if isinstance(task, Liquid) and file is not None and (file.parent / task.model).is_file():
+                task.model = str(file.parent / task.model)
+        return recipe
+
+    def models(self) -> tuple[Path, ...]:
+        """Files of the potentials that sample."""
+        return tuple(sorted({resolve_model(task.model) for task in self.tasks if isinstance(task, Liquid)}))
 
     def starts(self) -> list[Start]:
         """All starts: free atoms first, then an order shuffled by the seed: any part of a run is fair to the whole."""
@@ -137,20 +136,6 @@ class Recipe(Config):
         shuffled = np.random.default_rng(self.seed).permutation(len(found))
         order = sorted(shuffled, key=lambda k: self.tasks[found[k].task].kind != "atoms")
         return [found[k] for k in order[: self.first_starts]]
-
-
-@dataclass(frozen=True)
-class Start:
-    """One independent piece of a recipe: its task, its number in it, its id."""
-
-    seed: int
-    task: int
-    index: int
-    id: str
-
-    def rng(self) -> np.random.Generator:
-        """The generator of this start."""
-        return np.random.default_rng([self.seed, int(hashlib.sha256(self.id.encode()).hexdigest()[:12], 16)])
 
 
 def structures(recipe: Recipe, start: Start, calculator: CalculatorFactory) -> Iterator[Atoms]:
@@ -172,50 +157,6 @@ def structures(recipe: Recipe, start: Start, calculator: CalculatorFactory) -> I
         yield atoms
 
 
-def carve_clusters(
-    frames: Iterable[Atoms],
-    *,
-    seed: int,
-    per_frame: int = 4,
-    n_atoms: tuple[int, int] = (30, 60),
-    ion_share: float = 0.5,
-    template: Atoms | None = None,
-    source: str = "carved",
-    split: str = "train",
-) -> Iterator[Atoms]:
-    """Clusters of whole molecules out of the frames of a liquid box, ready to be labelled.
-
-    Args:
-        frames: periodic frames with ``mol_id`` and ``mol_charge`` (as ``build`` writes them), or without, then
-            ``template`` is the box they started from and lends both.
-        seed: of the choice of centres and sizes.
-        per_frame: clusters of each frame.
-        n_atoms: smallest and largest size asked for.
-        ion_share: this fraction of the clusters has a charged molecule in the middle, where there is one.
-        template: see ``frames``.
-        source: for ``info["source"]``.
-        split: for ``info["split"]``.
-    """
-    rng = np.random.default_rng(seed)
-    for k, frame in enumerate(frames):
-        box = frame.copy()
-        if template is not None:
-            if len(template) != len(box) or (template.numbers != box.numbers).any():
-                raise InputError(f"frame {k} does not have the atoms of the template")
-            for name in ("mol_id", "mol_charge"):
-                box.set_array(name, template.arrays[name])
-        ids = np.unique(box.arrays["mol_id"]) if "mol_id" in box.arrays else np.zeros(0, dtype=int)
-        if not len(ids) or "mol_charge" not in box.arrays:
-            raise InputError(f"frame {k} has no mol_id and mol_charge: give the box it started from as template")
-        ions = np.unique(box.arrays["mol_id"][box.arrays["mol_charge"] != 0])
-        for _ in range(per_frame):
-            middle = ions if len(ions) and rng.random() < ion_share else ids
-            cluster = clusters.carve(box, int(rng.choice(middle)), int(rng.integers(n_atoms[0], n_atoms[1] + 1)))
-            cluster.info |= {"group": f"{source}-{k:05d}", "source": source, "split": split}
-            cluster.info["config_type"] = "carved_" + _cluster_kind(cluster)
-            yield cluster
-
-
 def _isolated(task: IsolatedAtoms, start: Start, calculator: CalculatorFactory) -> Iterator[tuple[str, Atoms]]:
     for name, (charge, spin) in task.species.items():
         yield "isolated_atom", Atoms(name.strip("+-0123456789"), info={"charge": charge, "spin": spin})
@@ -227,7 +168,7 @@ def _molecules(task: Molecules, start: Start, calculator: CalculatorFactory) -> 
     modes = _draw_modes(name, rng, calculator)
     temperature = float(rng.choice(task.dynamics.temperatures_K))
     atoms = modes.sample(temperature, rng)
-    for frame in _dynamics(atoms, calc, task.dynamics, temperature, rng):
+    for frame in langevin(atoms, calc, task.dynamics, temperature, rng):
         yield "molecule", frame
         for _ in range(task.resampled):
             out = frame.copy()
@@ -243,10 +184,10 @@ def _clusters(task: Clusters, start: Start, calculator: CalculatorFactory) -> It
     modes = [_draw_modes(name, rng, calculator) for name in _composition(task, rng)]
     scale = rng.uniform(*task.contact)
     atoms = clusters.aggregate([m.sample(temperature, rng) for m in modes], rng, scale=scale)
-    _relax(atoms, calc, task.relax_steps)
-    kind = _cluster_kind(atoms)
+    relax(atoms, calc, task.relax_steps)
+    kind = cluster_kind(atoms)
     yield kind, atoms.copy()
-    for frame in _dynamics(atoms, calc, task.dynamics, temperature, rng):
+    for frame in langevin(atoms, calc, task.dynamics, temperature, rng):
         yield kind, frame
         for _ in range(task.resampled):
             yield kind, _resampled(frame, modes, temperature, rng)
@@ -287,6 +228,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "clusters": _clusters,
     "contacts": _contacts,
     "bonds": _bonds,
+    "liquid": liquid,
 }
 
 
@@ -310,11 +252,6 @@ def _composition(task: Clusters, rng: np.random.Generator) -> list[str]:
             drawn.append(name)
             size += n
     return [drawn[k] for k in rng.permutation(len(drawn))]
-
-
-def _cluster_kind(atoms: Atoms) -> str:
-    has_lithium, has_phosphorus = (atoms.numbers == 3).any(), (atoms.numbers == 15).any()
-    return {(0, 0): "solvent", (1, 0): "cation", (0, 1): "anion", (1, 1): "salt"}[int(has_lithium), int(has_phosphorus)]
 
 
 def _resampled(frame: Atoms, modes: Sequence[clusters.Modes], temperature: float, rng: np.random.Generator) -> Atoms:
@@ -347,7 +284,7 @@ def _draw_modes(name: str, rng: np.random.Generator, calculator: CalculatorFacto
     if key not in _MODES:
         atoms = _template(name, conformer).atoms()
         atoms.set_array("mol_id", np.zeros(len(atoms), dtype=int))
-        _relax(atoms, calc, 200, fmax=0.02)
+        relax(atoms, calc, 200, fmax=0.02)
 
         def forces(probe: Atoms) -> np.ndarray:
             probe.calc = calc
@@ -356,44 +293,3 @@ def _draw_modes(name: str, rng: np.random.Generator, calculator: CalculatorFacto
         atoms.calc = None
         _MODES[key] = clusters.harmonic_modes(atoms, forces)
     return _MODES[key]
-
-
-def _relax(atoms: Atoms, calc: Calculator, steps: int, fmax: float = 0.5) -> None:
-    if steps == 0 or len(atoms) == 1:
-        return
-    from ase.optimize import FIRE, LBFGS
-
-    atoms.calc = calc
-    # FIRE forgives the first contacts of a packed cluster; a molecule's own relaxation wants LBFGS.
-    optimiser = (
-        FIRE(atoms, logfile=os.devnull, maxstep=0.08, dt=0.2) if fmax > 0.1 else LBFGS(atoms, logfile=os.devnull)
-    )
-    optimiser.run(fmax=fmax, steps=steps)
-
-
-def _dynamics(
-    atoms: Atoms, calc: Calculator, settings: _Dynamics, temperature_K: float, rng: np.random.Generator
-) -> Iterator[Atoms]:
-    """Langevin dynamics; a copy every ``save_every`` steps."""
-    if settings.steps == 0:
-        yield atoms.copy()
-        return
-    atoms = atoms.copy()
-    atoms.calc = calc
-    state = np.random.RandomState(int(rng.integers(2**31)))
-    spread = np.sqrt(atoms.get_masses() * BOLTZMANN * temperature_K)
-    atoms.set_momenta(state.standard_normal((len(atoms), 3)) * spread[:, None])
-    engine = Langevin(
-        atoms,
-        settings.timestep_fs * ase_fs,
-        temperature_K=temperature_K,
-        friction=settings.friction_1_fs / ase_fs,
-        fixcm=False,
-        rng=state,
-    )
-    for _ in range(settings.steps // settings.save_every):
-        engine.run(settings.save_every)
-        frame = atoms.copy()
-        frame.calc = None
-        del frame.arrays["momenta"]
-        yield frame

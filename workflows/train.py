@@ -12,7 +12,7 @@ import io
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +66,7 @@ class Config(BaseConfig):
     reference_energies_eV: dict[str, float] | Literal["fit"] = Field("fit", description="by element, or least squares")
     level_of_theory: str = "unknown"
     licence: str = "unknown"
+    cite: tuple[str, ...] = Field((), description="what a user of the weights should cite")
     loss: LossConfig = LossConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     batch_pairs: int = Field(20000, ge=1, description="atom pairs per batch")
@@ -155,7 +156,7 @@ def _train(config: Config, folder: RunFolder, progress: Progress) -> Result:
         progress(0, 0, note)
     record = {
         **provenance(),
-        "data_sha256": {Path(name).name: digest for name, digest in folder.hashes.items()},
+        "data_sha256": {short_name(name, folder.hashes): digest for name, digest in folder.hashes.items()},
         "seed": config.seed,
         "n_train": len(train),
         "n_valid": len(valid),
@@ -196,6 +197,12 @@ def _train(config: Config, folder: RunFolder, progress: Progress) -> Result:
     )  # fmt: skip
     folder.summary(**vars(result))
     return result
+
+
+def short_name(path: str, paths: Iterable[str]) -> str:
+    """A file's name, with its folder where another file of these has the same name."""
+    one = Path(path)
+    return one.name if sum(Path(p).name == one.name for p in paths) == 1 else f"{one.parent.name}/{one.name}"
 
 
 def split(config: Config) -> tuple[list[Labelled], list[Labelled], list[str]]:
@@ -274,6 +281,7 @@ def _untrained(config: Config, loader: Loader, reference: dict[str, float], gene
         level_of_theory={"default": config.level_of_theory},
         atomic_energies={"default": reference},
         licence=config.licence,
+        cite=config.cite,
     )
     try:
         potential = architecture(path, config.name).untrained(spec, loader.statistics(), generator)

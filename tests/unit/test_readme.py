@@ -23,7 +23,13 @@ LINES = [
 
 # On the other pages: in backticks (over line ends, too), or a line of a code block.
 LINES += [" ".join(found.split()) for page in PAGES for found in re.findall(r"(?<!`)`(mdplug [^`]+)`(?!`)", page)]
-LINES += [line for page in PAGES for line in page.splitlines() if line.startswith("mdplug ")]
+LINES += [
+    part.strip()
+    for page in PAGES
+    for line in page.splitlines()
+    if line.startswith("mdplug ")
+    for part in line.split("&&")
+]
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -1,20 +1,25 @@
 """Sampling: geometry by hand, statistics of thermal geometries, recipes that repeat, clusters cut out whole."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.morse import MorsePotential
 
 from mdplug.errors import InputError
 from mdplug.units import BOLTZMANN
-from mdplug.workflows import clusters, sample
+from mdplug.workflows import clusters, sample, sample_liquid
 from mdplug.workflows.build import build
 from mdplug.workflows.molecules import conformers, resolve
 from mdplug.workflows.xtb import XTB
 
 pytest.importorskip("tblite")
 pytest.importorskip("rdkit")
+ROOT = Path(__file__).parents[2]
 
 
 def one(name):
@@ -198,7 +203,7 @@ def box():
 def test_carved_clusters_are_whole_nearest_and_charged_right(box):
     wrapped = box.atoms.copy()
     wrapped.wrap()  # molecules broken over the boundary, as a trajectory may have them
-    found = list(sample.carve_clusters([wrapped], seed=1, per_frame=8, n_atoms=(20, 45)))
+    found = list(sample_liquid.carve_clusters([wrapped], seed=1, per_frame=8, n_atoms=(20, 45)))
     assert len(found) == 8
     inside = {
         tuple(sorted(np.round(np.sort(box.atoms[g].get_all_distances().ravel()), 5)))
@@ -218,10 +223,44 @@ def test_carved_clusters_are_whole_nearest_and_charged_right(box):
 def test_carving_names_what_is_missing(box):
     bare = Atoms(box.atoms.numbers, box.atoms.positions, cell=box.atoms.cell, pbc=True)
     with pytest.raises(InputError, match="template"):
-        list(sample.carve_clusters([bare], seed=1))
-    lent = list(sample.carve_clusters([bare], seed=1, template=box.atoms, per_frame=1))
+        list(sample_liquid.carve_clusters([bare], seed=1))
+    lent = list(sample_liquid.carve_clusters([bare], seed=1, template=box.atoms, per_frame=1))
     assert "carved" in lent[0].info["config_type"]
     with pytest.raises(InputError, match="too small"):
         clusters.carve(box.atoms, 0, 5000)
     with pytest.raises(InputError, match="not have the atoms"):
-        list(sample.carve_clusters([molecule("H2O")], seed=1, template=box.atoms))
+        list(sample_liquid.carve_clusters([molecule("H2O")], seed=1, template=box.atoms))
+
+
+def test_liquid_tasks_carve_repeatable_clusters_with_a_given_potential(tmp_path):
+    shutil.copy(ROOT / "data/recipes/liquid_sampler.safetensors", tmp_path / "sampler.safetensors")
+    task = {
+        "kind": "liquid",
+        "name": "l",
+        "model": "sampler.safetensors",
+        "boxes": [{"composition": "water:40 LiPF6:1", "density_g_cm3": 1.0}],
+        "relax_steps": 3,
+        "dynamics": {"steps": 6, "save_every": 3, "temperatures_K": [300], "timestep_fs": 0.5},
+        "first_frame": 1,
+        "per_frame": 6,
+        "n_atoms": (12, 20),
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"name": "wet", "seed": 3, "tasks": [task]}))
+    plan = sample.Recipe.read(file)
+    assert plan.models() == (tmp_path / "sampler.safetensors",)
+    first, again = drawn(plan)["l-00000"], drawn(plan)["l-00000"]
+    assert len(first) == len(again) == 6
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a.positions, b.positions)
+        assert len(a) <= 20
+        assert a.info["config_type"] in ("liquid_md", "liquid_rattled", "liquid_nudged")
+        assert a.info["charge"] == (a.numbers == 3).sum() - (a.numbers == 15).sum()
+        assert not a.pbc.any()
+    with pytest.raises(InputError, match="no model file"):
+        sample.Recipe.model_validate({"name": "x", "seed": 1, "tasks": [task | {"model": "absent"}]}).models()
+    small = task | {"boxes": [{"composition": "water:6", "density_g_cm3": 0.6}], "n_atoms": (18, 18), "per_frame": 2}
+    small["dynamics"] = task["dynamics"] | {"steps": 12}
+    small["model"] = str(plan.models()[0])
+    with pytest.raises(InputError, match="too small"):
+        drawn(sample.Recipe.model_validate({"name": "x", "seed": 1, "tasks": [small]}))

@@ -53,7 +53,8 @@ def argon(tmp_path_factory):
 
 def test_finds_the_parameters_of_the_labels(tmp_path, argon):
     lines = []
-    result = train.run(lj_config(tmp_path / "run", argon), progress=lambda done, total, text: lines.append(text))
+    config = lj_config(tmp_path / "run", argon, cite=("whom",))
+    result = train.run(config, progress=lambda done, total, text: lines.append(text))
     epsilon, sigma = parameters(result)
     assert epsilon == pytest.approx(made.EPSILON, rel=0.02)
     assert sigma == pytest.approx(made.SIGMA, rel=0.002)
@@ -69,6 +70,9 @@ def test_finds_the_parameters_of_the_labels(tmp_path, argon):
     assert spec.atomic_energies == {"default": {"Ar": made.OFFSET}}
     assert list(spec.provenance["data_sha256"]) == ["argon.xyz"]
     assert spec.provenance["seed"] == 0
+    assert spec.cite == ("whom",)
+    paths = ["a/labels.extxyz", "b/labels.extxyz", "c/other.extxyz"]
+    assert [train.short_name(path, paths) for path in paths] == ["a/labels.extxyz", "b/labels.extxyz", "other.extxyz"]
 
 
 def test_control_wrong_labels_give_other_parameters(tmp_path):
