@@ -53,9 +53,14 @@ class KernelLayer(nn.Module):
         key = (*atoms.present, -1, *(g[0] for g in atoms.groups))
         made = self._weights.get(key)
         if made is None:
-            made = [self._linear(radial, atoms.present, species) for species, _, _ in atoms.groups]
+            made = [self._linear(radial, atoms.present, species) for species, _, _ in self._groups(atoms)]
             self._weights = {key: made}
         return made
+
+    def _groups(self, atoms: Atoms) -> Tuple[Tuple[int, int, int], ...]:
+        """Receivers that share all matrices before the product: by species only where these depend on it."""
+        by_species = not self.gated and self.source.messenger.has_skip
+        return atoms.groups if by_species else ((-1, 0, atoms.n),)
 
     def _linear(self, radial: LayerRadial, present: Tuple[int, ...], receiver: int) -> List[Tensor]:
         messenger: Any = self.source.messenger
@@ -93,7 +98,7 @@ class KernelLayer(nn.Module):
         saved: List[Any] = []
         parts: List[Tensor] = []
         linear = None if self.gated else self.linear(radial, atoms)
-        for g, (species, begin, end) in enumerate(atoms.groups):
+        for g, (_, begin, end) in enumerate(self._groups(atoms)):
             messages = self.messages(sent, radial, graph, atoms, begin, end)
             norm = None
             if self.gated:
@@ -110,12 +115,13 @@ class KernelLayer(nn.Module):
                 tape = norm
             kinds = self._kinds(atoms, begin, end)
             product = ops.polynomial(mixed, self.coefficients, kinds, self.nodes, self.term, self.starts)
-            out = per_irrep(product, self.source.mix)
-            if self.source.has_skip:
-                add_per_irrep(out, features[:, begin:end], self._skip(species))
             saved.append((mixed, tape))
-            parts.append(out)
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), saved
+            parts.append(per_irrep(product, self.source.mix))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if self.source.has_skip:
+            for species, begin, end in atoms.groups:
+                add_per_irrep(out[:, begin:end], features[:, begin:end], self._skip(species))
+        return out, saved
 
     def _kinds(self, atoms: Atoms, begin: int, end: int) -> Tensor:
         return torch.zeros_like(atoms.species32[begin:end]) if self.agnostic else atoms.species32[begin:end]
@@ -214,14 +220,15 @@ class KernelLayer(nn.Module):
         grad_sent = None
         linear = None if self.gated else self.linear(radial, atoms)
         mix = self.source.mix.transpose(1, 2)
-        for g, (species, begin, end) in enumerate(atoms.groups):
+        if self.source.has_skip:
+            for species, begin, end in atoms.groups:
+                skip = self._skip(species).transpose(1, 2)
+                add_per_irrep(grad_features[:, begin:end], grad[:, begin:end], skip)
+        for g, (_, begin, end) in enumerate(self._groups(atoms)):
             mixed, tape = saved[g]
-            of_group = grad[:, begin:end]
-            if self.source.has_skip:
-                add_per_irrep(grad_features[:, begin:end], of_group, self._skip(species).transpose(1, 2))
             d_mixed = ops.polynomial_backward(
                 mixed, self.coefficients, self._kinds(atoms, begin, end), self.nodes, self.term, self.starts,
-                per_irrep(of_group, mix),
+                per_irrep(grad[:, begin:end], mix),
             )  # fmt: skip
             if self.gated:
                 out, leaves = tape
