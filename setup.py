@@ -69,8 +69,9 @@ def compile_kernels(target: Path) -> None:
             source = str(NATIVE / "kernels.cpp")
             jobs.append([compiler, *FLAGS, *flags, f"-DMDPLUG_ISA={name}", "-c", source, "-o", objects[-1]])
         x86 = ["-DMDPLUG_X86"] if len(sets) > 1 else []
-        objects.append(f"{folder}/torch_ops.o")
-        jobs.append([compiler, *FLAGS, *x86, "-c", str(NATIVE / "torch_ops.cpp"), "-o", objects[-1]])
+        for source in sorted(NATIVE.glob("torch_*.cpp")):  # registration: one object for all instruction sets
+            objects.append(f"{folder}/{source.stem}.o")
+            jobs.append([compiler, *FLAGS, *x86, "-c", str(source), "-o", objects[-1]])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: subprocess.run(job, check=True), jobs))
         if sys.platform == "darwin":
