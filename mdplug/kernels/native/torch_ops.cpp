@@ -1,66 +1,10 @@
 // The kernels as operators of torch, namespace mdplug; schemas are explained in ../README.md.
-#include "api.h"
+#include "dispatch.h"
 #include "graph.h"
 #include "torch_shim.h"
 
-extern "C" {
-const MdplugKernels* mdplug_kernels_baseline();
-#ifdef MDPLUG_X86
-const MdplugKernels* mdplug_kernels_avx2();
-const MdplugKernels* mdplug_kernels_avx512();
-#endif
-}
-
 namespace mdplug {
 namespace {
-
-const MdplugKernels* choose() {
-#ifdef MDPLUG_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw"))
-    return mdplug_kernels_avx512();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return mdplug_kernels_avx2();
-#endif
-  return mdplug_kernels_baseline();
-}
-const MdplugKernels* kernels = choose();
-
-// The functions of one scalar type, by one name.
-template <class T>
-struct Of;
-#define MDPLUG_OF(T, S)                                                                                     \
-  template <>                                                                                               \
-  struct Of<T> {                                                                                            \
-    static auto harmonics() { return kernels->harmonics_##S; }                                              \
-    static auto harmonics_backward() { return kernels->harmonics_backward_##S; }                            \
-    static auto density() { return kernels->density_##S; }                                                  \
-    static auto density_backward() { return kernels->density_backward_##S; }                                \
-    static auto convolution() { return kernels->convolution_##S; }                                          \
-    static auto convolution_backward() { return kernels->convolution_backward_##S; }                        \
-    static auto polynomial() { return kernels->polynomial_##S; }                                            \
-    static auto polynomial_backward() { return kernels->polynomial_backward_##S; }                          \
-  };
-MDPLUG_OF(float, f32)
-MDPLUG_OF(double, f64)
-
-// Arguments from the stack, in order; every tensor is owned until the end of the call.
-class Arguments {
- public:
-  explicit Arguments(StableIValue* stack) : stack_(stack) {}
-  Tensor& tensor() {
-    tensors_.reserve(32);
-    tensors_.emplace_back(stack_[next_++]);
-    return tensors_.back();
-  }
-  double real() { return to_double(stack_[next_++]); }
-  int64_t integer() { return to_int(stack_[next_++]); }
-
- private:
-  StableIValue* stack_;
-  int next_ = 0;
-  std::vector<Tensor> tensors_;
-};
 
 template <class T>
 struct RadialArguments {
@@ -285,10 +229,6 @@ void op_polynomial_backward(StableIValue* stack, uint64_t, uint64_t) {
 
 struct Registration {
   Registration() {
-    struct Operator {
-      const char *name, *arguments, *results;
-      void (*function)(StableIValue*, uint64_t, uint64_t);
-    };
     const Operator operators[] = {
         {"graph", "Tensor pairs, Tensor vectors, Tensor place, int n_owned, float cutoff",
          "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", op_graph},
@@ -316,18 +256,11 @@ struct Registration {
          "Tensor inputs, Tensor coefficients, Tensor kind, Tensor nodes, Tensor term, Tensor starts, Tensor grad",
          "Tensor", op_polynomial_backward},
     };
-    TorchLibraryHandle define, implement;
-    check(aoti_torch_library_init_fragment("mdplug", __FILE__, __LINE__, &define), "the namespace");
-    check(aoti_torch_library_init_impl("mdplug", "CPU", __FILE__, __LINE__, &implement), "the CPU key");
-    for (const Operator& o : operators) {
-      const std::string schema = std::string(o.name) + "(" + o.arguments + ") -> " + o.results;
-      check(aoti_torch_library_def(define, schema.c_str()), o.name);
-      check(aoti_torch_library_impl(implement, o.name, o.function), o.name);
-    }
+    register_operators(operators);
   }
 } registration;
 
 }  // namespace
 }  // namespace mdplug
 
-extern "C" __attribute__((visibility("default"))) const char* mdplug_instruction_set() { return mdplug::kernels->name; }
+extern "C" __attribute__((visibility("default"))) const char* mdplug_instruction_set() { return mdplug::kernels().name; }

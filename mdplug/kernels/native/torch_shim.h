@@ -128,4 +128,39 @@ inline void parallel(int64_t n, void (*body)(int64_t, int64_t, void*), void* con
   check(torch_parallel_for(0, n, 1, body, context), "threads");
 }
 
+// Arguments from the stack, in order; every tensor is owned until the end of the call.
+class Arguments {
+ public:
+  explicit Arguments(StableIValue* stack) : stack_(stack) {}
+  Tensor& tensor() {
+    tensors_.reserve(32);
+    tensors_.emplace_back(stack_[next_++]);
+    return tensors_.back();
+  }
+  double real() { return to_double(stack_[next_++]); }
+  int64_t integer() { return to_int(stack_[next_++]); }
+
+ private:
+  StableIValue* stack_;
+  int next_ = 0;
+  std::vector<Tensor> tensors_;
+};
+
+struct Operator {
+  const char *name, *arguments, *results;
+  void (*function)(StableIValue*, uint64_t, uint64_t);
+};
+
+template <int N>
+void register_operators(const Operator (&operators)[N]) {
+  TorchLibraryHandle define, implement;
+  check(aoti_torch_library_init_fragment("mdplug", __FILE__, __LINE__, &define), "the namespace");
+  check(aoti_torch_library_init_impl("mdplug", "CPU", __FILE__, __LINE__, &implement), "the CPU key");
+  for (const Operator& o : operators) {
+    const std::string schema = std::string(o.name) + "(" + o.arguments + ") -> " + o.results;
+    check(aoti_torch_library_def(define, schema.c_str()), o.name);
+    check(aoti_torch_library_impl(implement, o.name, o.function), o.name);
+  }
+}
+
 }  // namespace mdplug
