@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mdplug.errors import InputError
 from mdplug.potential import Potential
 from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial
-from mdplug.potentials.blocks.kernel_layer import KernelLayer, add_per_irrep, per_irrep
+from mdplug.potentials.blocks.kernel_layer import KernelLayer
 from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
 from mdplug.potentials.mace import MACE
 
@@ -179,7 +179,7 @@ class KernelMACE(Potential):
         saved: List[Any] = []
         slopes: List[Tensor] = []
         for t, layer in enumerate(self.layers):
-            out, tape = self._send(layer, start if t == 0 else features[t], atoms)
+            out, tape = self._send(layer, start if t == 0 else features[t], radial[t], atoms)
             sent.append(out)
             exchanged.append(tape)
             new, kept = layer(features[t], out, radial[t], graph, atoms, scalars.densities.get(t))
@@ -203,11 +203,13 @@ class KernelMACE(Potential):
             result["pair_gradient"] = vectors.new_zeros(vectors.shape).index_copy_(0, origin, grad)
         return result
 
-    def _send(self, layer: KernelLayer, features: Tensor, atoms: Atoms) -> Tuple[Optional[Tensor], Any]:
-        """What neighbours see of all atoms, ((edge_l+1)^2, N, k), and the tape of the exchange where there was one."""
+    def _send(
+        self, layer: KernelLayer, features: Tensor, radial: LayerRadial, atoms: Atoms
+    ) -> Tuple[Optional[Tensor], Any]:
+        """What neighbours see of all atoms, ((edge_l+1)^2, N, k); and the tape of the exchange, if any."""
         if layer.t == 0:  # no exchange: ghosts know their own species
-            return (None, None) if layer.by_species else (layer.source.send(features.unsqueeze(0)).contiguous(), None)
-        own = per_irrep(features, layer.source.up)
+            return (None if layer.by_species else layer.send(features.unsqueeze(0), layer.weights(radial, atoms))), None
+        own = layer.send(features, layer.weights(radial, atoms))
         n_atoms = atoms.place.shape[0]
         if n_atoms == atoms.n:
             return own, None
@@ -227,7 +229,7 @@ class KernelMACE(Potential):
         leaf, filled = tape
         rows = grad.transpose(0, 1).flatten(1)[atoms.place.long()]
         back = torch.autograd.grad(filled, leaf, rows)[0][atoms.order]
-        return back.view(atoms.n, grad.shape[0], grad.shape[2]).transpose(0, 1)
+        return back.view(atoms.n, grad.shape[0], grad.shape[2]).transpose(0, 1).contiguous()
 
     def _adjoint(
         self,
@@ -249,13 +251,12 @@ class KernelMACE(Potential):
         for t in range(len(self.layers) - 1, -1, -1):
             layer = self.layers[t]
             grad[0] += slopes[t]
-            grad, grad_sent = layer.backward(
-                grad, saved[t], features[t], sent[t], radial[t], graph, atoms, scalars.densities.get(t), gradients
-            )
+            grad, grad_sent = layer.backward(grad, saved[t], features[t], sent[t], radial[t], graph, atoms, gradients)
             saved[t] = None
             if t > 0 and grad_sent is not None:
                 grad_sent = self._send_back(grad_sent, exchanged[t], atoms)
-                add_per_irrep(grad, grad_sent, layer.source.up.transpose(1, 2))
+                up = layer.weights(radial[t], atoms).up_back
+                grad = ops.linear(grad_sent, up, layer.no_group, grad, grad.shape[0], grad.shape[2])
         outputs, cotangents = [], []
         if scalars.repulsion is not None:
             outputs.append(scalars.repulsion)
@@ -295,18 +296,8 @@ class KernelMACE(Potential):
         present = tuple(torch.unique(species).tolist())
         kind_of = torch.zeros(int(species_of.max()) + 1, dtype=torch.int32)
         kind_of[list(present)] = torch.arange(len(present), dtype=torch.int32)
-        groups, begin = [], 0
-        for z in present:
-            count = int((by_place[:n_owned] == z).sum())
-            if count:
-                groups.append((z, begin, begin + count))
-                begin += count
-        if not groups:
-            groups.append((present[0] if present else 0, 0, 0))
-            present = present or (0,)
-        atoms = Atoms(
-            n_owned, order, place, by_place, by_place.to(torch.int32), kind_of[by_place], present, tuple(groups)
-        )
+        present = present or (0,)
+        atoms = Atoms(n_owned, order, place, by_place, by_place.to(torch.int32), kind_of[by_place], present)
         self._known = (numbers.clone(), atoms)
         return atoms
 

@@ -15,7 +15,7 @@ class Atoms(NamedTuple):
     Attributes:
         n: owned atoms. order: (n,) sorted place -> atom. place: (N,) int32 atom -> sorted place, ghosts as they are.
         species: (N,) int64, in sorted order. kind: (N,) int32, place of the species in `present`.
-        present: species that occur among all atoms. groups: (species, begin, end) of the owned atoms.
+        present: species that occur among all atoms.
     """
 
     n: int
@@ -25,7 +25,6 @@ class Atoms(NamedTuple):
     species32: Tensor
     kind: Tensor
     present: Tuple[int, ...]
-    groups: Tuple[Tuple[int, int, int], ...]
 
 
 class Graph(NamedTuple):

@@ -1,6 +1,6 @@
 """One layer of MACE on the kernels: forward pass, and its adjoint in explicit form."""
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,25 @@ from mdplug.potentials.blocks.tables import FIRST_KNOT
 
 ops: Any = torch.ops.mdplug
 AT_A_TIME = 2**24  # numbers of radial functions held at a time where they are not tabulated
+
+
+class Weights(NamedTuple):
+    """Matrices of a layer as the kernels want them (see `packed`); `back`: transposed, for the adjoint.
+
+    Attributes:
+        linear: what follows the messages, for each group of receivers and irrep, flat. rows: (l_max+1,) its heights.
+        mix: after the product. skip: (groups, irreps, ...) of the old features. up: what neighbours are sent.
+    """
+
+    linear: Tensor
+    linear_back: Tensor
+    rows: Tensor
+    mix: Tensor
+    mix_back: Tensor
+    skip: Tensor
+    skip_back: Tensor
+    up: Tensor
+    up_back: Tensor
 
 
 class KernelLayer(nn.Module):
@@ -44,25 +63,40 @@ class KernelLayer(nn.Module):
         self.register_buffer("starts", torch.from_numpy(starts), persistent=False)
         self.register_buffer("coefficients", in_blocks(coefficients, LANES[coefficients.dtype]), persistent=False)
         self.agnostic = coefficients.shape[0] == 1
-        self._weights: Dict[Tuple[int, ...], List[List[Tensor]]] = {}
+        self.register_buffer("no_group", torch.zeros(0, dtype=torch.int32), persistent=False)
+        self._weights: Dict[Tuple[int, ...], Weights] = {}
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def linear(self, radial: LayerRadial, atoms: Atoms) -> List[List[Tensor]]:
-        """For each group of receivers, for each l, the matrix that follows the messages (rows, K)."""
-        key = (*atoms.present, -1, *(g[0] for g in atoms.groups))
-        made = self._weights.get(key)
+    def weights(self, radial: LayerRadial, atoms: Atoms) -> "Weights":
+        """Matrices for the elements at hand, made once."""
+        made = self._weights.get(atoms.present)
         if made is None:
-            made = [self._linear(radial, atoms.present, species) for species, _, _ in self._groups(atoms)]
-            self._weights = {key: made}
+            made = self._make_weights(radial, atoms.present)
+            self._weights = {atoms.present: made}
         return made
 
-    def _groups(self, atoms: Atoms) -> Tuple[Tuple[int, int, int], ...]:
-        """Receivers that share all matrices before the product: by species only where these depend on it."""
-        by_species = not self.gated and self.source.messenger.has_skip
-        return atoms.groups if by_species else ((-1, 0, atoms.n),)
+    def _make_weights(self, radial: LayerRadial, present: Tuple[int, ...]) -> "Weights":
+        source = self.source
+        none = self.coefficients.new_zeros(0)
+        linear = linear_back = rows = none
+        if not self.gated:
+            by_receiver = source.messenger.has_skip
+            groups = [self._linear(radial, present, z) for z in (present if by_receiver else (0,))]
+            linear = torch.cat([packed(m).flatten() for group in groups for m in group])
+            linear_back = torch.cat([packed(m.t()).flatten() for group in groups for m in group])
+            rows = torch.tensor([m.shape[0] for m in groups[0]], dtype=torch.int32)
+        skip = none
+        if source.has_skip:  # (groups, irreps, K, K)
+            skip = source.skip.transpose(0, 1)[list(present)] if source.skip_by_species else source.skip.unsqueeze(0)
+        return Weights(
+            linear, linear_back, rows, packed(source.mix), packed(source.mix.transpose(1, 2)), packed(skip),
+            packed(skip.transpose(-1, -2)) if skip.numel() else none, packed(source.up),
+            packed(source.up.transpose(1, 2)),
+        )  # fmt: skip
 
     def _linear(self, radial: LayerRadial, present: Tuple[int, ...], receiver: int) -> List[Tensor]:
+        """For each l, the matrix (rows, K) that follows the messages of receivers of one element."""
         messenger: Any = self.source.messenger
         out = []
         for ell in range(self.l_max + 1):
@@ -75,10 +109,29 @@ class KernelLayer(nn.Module):
                 matrix = messenger.linear[chosen].flatten(0, 1)
             if messenger.has_skip:
                 matrix = matrix @ messenger.skip[ell, receiver]
-            out.append(matrix.contiguous())
+            out.append(matrix)
         return out
 
+    def _product(self, weights: "Weights", atoms: Atoms, norm: Tensor, back: bool) -> Tuple[Any, ...]:
+        """Arguments of the operators `product` after the first."""
+        none = atoms.kind[:0]
+        group = atoms.kind[: atoms.n] if self.source.messenger.has_skip else none
+        kinds = none if self.agnostic else atoms.species32[: atoms.n]
+        return (
+            weights.linear_back if back else weights.linear, weights.rows, group, norm, self.coefficients, kinds,
+            self.nodes, self.term, self.starts, weights.mix_back if back else weights.mix, atoms.n, self.channels,
+            self.channels,
+        )  # fmt: skip
+
+    def _skip_group(self, atoms: Atoms) -> Tensor:
+        return atoms.kind[: atoms.n] if self.source.skip_by_species else atoms.kind[:0]
+
     # --- forward -----------------------------------------------------------------------------------------------------
+
+    def send(self, features: Tensor, weights: "Weights") -> Tensor:
+        """((l_in+1)^2, n, K) -> ((edge_l+1)^2, n, k): what neighbours see."""
+        components = self.source.up.shape[0] ** 2
+        return ops.linear(features, weights.up, self.no_group, features[:0], components, self.edge_channels)
 
     def forward(
         self,
@@ -88,68 +141,46 @@ class KernelLayer(nn.Module):
         graph: Graph,
         atoms: Atoms,
         rho: Optional[Tensor],
-    ) -> Tuple[Tensor, List[Any]]:
+    ) -> Tuple[Tensor, Any]:
         """New features ((l_out+1)^2, n, K), and what `backward` needs.
 
         Args:
             features: ((l_in+1)^2, n, K) sorted. sent: ((edge_l+1)^2, N, k) of all atoms; None where elements say all.
             rho: (n,) density.
         """
-        saved: List[Any] = []
-        parts: List[Tensor] = []
-        linear = None if self.gated else self.linear(radial, atoms)
-        for g, (_, begin, end) in enumerate(self._groups(atoms)):
-            messages = self.messages(sent, radial, graph, atoms, begin, end)
-            norm = None
-            if self.gated:
-                mixed, tape = self._gated(messages, sent, rho, begin, end)
-            else:
-                assert linear is not None
-                mixed = messages[0].new_empty((self.l_max + 1) ** 2, end - begin, self.channels)
-                for ell, message in enumerate(messages):
-                    into = mixed[ell * ell : (ell + 1) ** 2].view(-1, self.channels)
-                    torch.mm(message.view(-1, message.shape[2]), linear[g][ell], out=into)
-                if rho is not None:
-                    norm = 1.0 / (rho[begin:end] + 1.0).view(1, -1, 1)
-                    mixed.mul_(norm)
-                tape = norm
-            kinds = self._kinds(atoms, begin, end)
-            product = ops.polynomial(mixed, self.coefficients, kinds, self.nodes, self.term, self.starts)
-            saved.append((mixed, tape))
-            parts.append(per_irrep(product, self.source.mix))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        weights = self.weights(radial, atoms)
+        messages = self.messages(sent, radial, graph, atoms)
+        if self.gated:
+            mixed, saved = self._gated(messages, sent, rho, atoms.n)
+            kinds = torch.zeros_like(atoms.species32[: atoms.n]) if self.agnostic else atoms.species32[: atoms.n]
+            out = ops.polynomial(mixed, self.coefficients, kinds, self.nodes, self.term, self.starts)
+            out = ops.linear(out, weights.mix, self.no_group, out[:0], out.shape[0], self.channels)
+        else:
+            saved = messages[:0] if rho is None else 1.0 / (rho + 1.0)
+            out, mixed = ops.product(messages, *self._product(weights, atoms, saved, False))
         if self.source.has_skip:
-            for species, begin, end in atoms.groups:
-                add_per_irrep(out[:, begin:end], features[:, begin:end], self._skip(species))
-        return out, saved
+            group = self._skip_group(atoms)
+            out = ops.linear(features, weights.skip, group, out, out.shape[0], self.channels)
+        return out, (mixed, saved)
 
-    def _kinds(self, atoms: Atoms, begin: int, end: int) -> Tensor:
-        return torch.zeros_like(atoms.species32[begin:end]) if self.agnostic else atoms.species32[begin:end]
-
-    def _skip(self, species: int) -> Tensor:
-        return self.source.skip[:, species] if self.source.skip_by_species else self.source.skip
-
-    def messages(
-        self, sent: Optional[Tensor], radial: LayerRadial, graph: Graph, atoms: Atoms, begin: int, end: int
-    ) -> List[Tensor]:
-        """Sums over the neighbours of some receivers: per l, (2l+1, n, rows of `linear`)."""
-        first, last = (int(graph.first[begin]), int(graph.first[end])) if radial.table.numel() == 0 else (0, 0)
+    def messages(self, sent: Optional[Tensor], radial: LayerRadial, graph: Graph, atoms: Atoms) -> Tensor:
+        """Sums over neighbours: for each l, (2l+1, n, rows), one after another, flat."""
+        n = atoms.n
         if sent is None:
-            density = ops.density(
-                graph.harmonics, radial.table, radial.columns[first:last], graph.r, graph.table_kind,
-                graph.sender_kind, graph.first, len(atoms.present), begin, end, FIRST_KNOT,
-                radial.step, radial.per_kind,
-            )  # fmt: skip
-            return [density[ell * ell : (ell + 1) ** 2] for ell in range(self.l_max + 1)]
-        n = end - begin
+            return ops.density(*self._density(radial, graph, atoms)).flatten()
         if radial.table.numel():
-            flat = self._convolve(sent, radial, radial.columns, graph, begin, end)
-            return self._split(flat, n)
+            return self._convolve(sent, radial, radial.columns, graph, 0, n)
         pieces: List[List[Tensor]] = []
-        for a, b in self._chunks(graph.first, begin, end):
+        for a, b in self._chunks(graph.first, 0, n):
             values = self._values(radial, radial.columns[int(graph.first[a]) : int(graph.first[b])])
             pieces.append(self._split(self._convolve(sent, radial, values, graph, a, b), b - a))
-        return [torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True)]
+        return torch.cat([torch.cat(parts, dim=1).flatten() for parts in zip(*pieces, strict=True)])
+
+    def _density(self, radial: LayerRadial, graph: Graph, atoms: Atoms) -> Tuple[Any, ...]:
+        return (
+            graph.harmonics, radial.table, radial.columns, graph.r, graph.table_kind, graph.sender_kind, graph.first,
+            len(atoms.present), 0, atoms.n, FIRST_KNOT, radial.step, radial.per_kind,
+        )  # fmt: skip
 
     def _values(self, radial: LayerRadial, columns: Tensor) -> Tensor:
         return torch.mm(columns, radial.weight.flatten(1))
@@ -180,19 +211,16 @@ class KernelLayer(nn.Module):
         parts = torch.split(flat, sizes)
         return [part.view(2 * ell + 1, n, self.widths[ell]) for ell, part in enumerate(parts)]
 
-    def _gated(
-        self, messages: List[Tensor], sent: Optional[Tensor], rho: Optional[Tensor], begin: int, end: int
-    ) -> Tuple[Tensor, Any]:
+    def _gated(self, messages: Tensor, sent: Optional[Tensor], rho: Optional[Tensor], n: int) -> Tuple[Tensor, Any]:
         """Gates by a small tape of their own: they are element-wise."""
         assert sent is not None
         assert rho is not None
         messenger: Any = self.source.messenger
         with torch.enable_grad():
-            leaves = [*messages, sent[:, begin:end].detach(), rho[begin:end].detach()]
-            leaves = [leaf.detach().requires_grad_(True) for leaf in leaves]
-            norm = (1.0 / (messenger.beta * leaves[-1] + messenger.alpha)).view(1, -1, 1)
-            by_path = [part for m in leaves[:-2] for part in torch.split(m, self.edge_channels, dim=2)]
-            mixed = messenger.combine(by_path, leaves[-2], norm)
+            leaves = [leaf.detach().requires_grad_(True) for leaf in (messages, sent[:, :n], rho)]
+            norm = (1.0 / (messenger.beta * leaves[2] + messenger.alpha)).view(1, -1, 1)
+            by_path = [p for m in self._split(leaves[0], n) for p in torch.split(m, self.edge_channels, dim=2)]
+            mixed = messenger.combine(by_path, leaves[1], norm)
         return mixed.detach().contiguous(), (mixed, leaves)
 
     # --- adjoint -----------------------------------------------------------------------------------------------------
@@ -200,141 +228,88 @@ class KernelLayer(nn.Module):
     def backward(
         self,
         grad: Tensor,
-        saved: List[Any],
+        saved: Any,
         features: Tensor,
         sent: Optional[Tensor],
         radial: LayerRadial,
         graph: Graph,
         atoms: Atoms,
-        rho: Optional[Tensor],
         gradients: Gradients,
     ) -> Tuple[Tensor, Optional[Tensor]]:
         """Cotangents of `features` and `sent`; those of the pairs are added to `gradients`.
 
         Args:
-            grad: ((l_out+1)^2, n, K).
+            grad: ((l_out+1)^2, n, K). saved: what `forward` gave for it.
         """
-        grad_features = torch.zeros_like(features)
-        grad_own = None if sent is None or not self.gated else torch.zeros_like(sent)
-        grad_rho = None if rho is None else torch.zeros_like(rho)
-        grad_sent = None
-        linear = None if self.gated else self.linear(radial, atoms)
-        mix = self.source.mix.transpose(1, 2)
-        if self.source.has_skip:
-            for species, begin, end in atoms.groups:
-                skip = self._skip(species).transpose(1, 2)
-                add_per_irrep(grad_features[:, begin:end], grad[:, begin:end], skip)
-        for g, (_, begin, end) in enumerate(self._groups(atoms)):
-            mixed, tape = saved[g]
+        weights, (mixed, tape) = self.weights(radial, atoms), saved
+        d_own: Optional[Tensor] = None
+        if self.gated:
+            kinds = torch.zeros_like(atoms.species32[: atoms.n]) if self.agnostic else atoms.species32[: atoms.n]
+            d_product = ops.linear(grad, weights.mix_back, self.no_group, grad[:0], grad.shape[0], self.channels)
             d_mixed = ops.polynomial_backward(
-                mixed, self.coefficients, self._kinds(atoms, begin, end), self.nodes, self.term, self.starts,
-                per_irrep(grad[:, begin:end], mix),
-            )  # fmt: skip
-            if self.gated:
-                out, leaves = tape
-                *d_messages, d_own, d_rho = torch.autograd.grad(out, leaves, d_mixed)
-                assert grad_own is not None
-                assert grad_rho is not None
-                grad_own[:, begin:end] += d_own
-                grad_rho[begin:end] = d_rho
-                part = self._convolve_backward(d_messages, sent, radial, graph, begin, end, gradients)  # type: ignore[arg-type]
-                grad_sent = part if grad_sent is None else grad_sent + part
-                continue
-            assert linear is not None
-            if tape is not None:
-                assert grad_rho is not None
-                grad_rho[begin:end] = -(d_mixed * mixed * tape).sum(dim=(0, 2))
-                d_mixed.mul_(tape)
-            if sent is None:
-                self._density_backward(d_mixed, linear[g], radial, graph, atoms, begin, end, gradients)
-            else:
-                d_messages = [
-                    torch.matmul(d_mixed[ell * ell : (ell + 1) ** 2], linear[g][ell].t())
-                    for ell in range(self.l_max + 1)
-                ]
-                part = self._convolve_backward(d_messages, sent, radial, graph, begin, end, gradients)
-                grad_sent = part if grad_sent is None else grad_sent + part
-        if grad_rho is not None:
-            gradients.density[self.t] = grad_rho
-        if grad_sent is not None and grad_own is not None:
-            grad_sent = grad_sent + grad_own
-        return grad_features, grad_sent
-
-    def _density_backward(
-        self,
-        d_mixed: Tensor,
-        linear: List[Tensor],
-        radial: LayerRadial,
-        graph: Graph,
-        atoms: Atoms,
-        begin: int,
-        end: int,
-        gradients: Gradients,
-    ) -> None:
-        width = linear[0].shape[0]
-        d_density = d_mixed.new_empty(d_mixed.shape[0], end - begin, width)
-        for ell, matrix in enumerate(linear):
-            rows = d_mixed[ell * ell : (ell + 1) ** 2].view(-1, self.channels)
-            torch.mm(rows, matrix.t(), out=d_density[ell * ell : (ell + 1) ** 2].view(-1, width))
-        first, last = int(graph.first[begin]), int(graph.first[end])
-        d_harmonics, d_radial = ops.density_backward(
-            graph.harmonics, radial.table, radial.columns[first:last], graph.r, graph.table_kind,
-            graph.sender_kind, graph.first, len(atoms.present), begin, end, FIRST_KNOT,
-            radial.step, radial.per_kind, d_density,
-        )  # fmt: skip
-        gradients.harmonics[first:last] += d_harmonics
-        if radial.table.numel():
-            gradients.r[first:last] += d_radial
+                mixed, self.coefficients, kinds, self.nodes, self.term, self.starts, d_product
+            )
+            out, leaves = tape
+            d_messages, d_own, d_rho = torch.autograd.grad(out, leaves, d_mixed)
         else:
-            if self.t not in gradients.columns:
-                gradients.columns[self.t] = torch.zeros_like(radial.columns)
-            gradients.columns[self.t][first:last] = d_radial
+            d_messages, d_rho = ops.product_backward(grad, mixed, *self._product(weights, atoms, tape, True))
+        if self.has_density:
+            gradients.density[self.t] = d_rho
+        grad_sent = None
+        if sent is None:
+            shape = (graph.harmonics.shape[1], atoms.n, -1)
+            found = ops.density_backward(*self._density(radial, graph, atoms), d_messages.view(shape))
+            self._collect(gradients, 0, *found)
+        else:
+            grad_sent = self._convolve_backward(d_messages, sent, radial, graph, atoms.n, gradients)
+            if d_own is not None:
+                grad_sent[:, : atoms.n] += d_own
+        if self.source.has_skip:
+            group, components = self._skip_group(atoms), features.shape[0]
+            back = ops.linear(grad, weights.skip_back, group, grad[:0], components, self.channels)
+        else:
+            back = torch.zeros_like(features)
+        return back, grad_sent
+
+    def _collect(self, gradients: Gradients, first: int, d_harmonics: Tensor, d_radial: Tensor) -> None:
+        """Adds what pairs from `first` on got; d_radial: by r, or by columns where there is no table."""
+        last = first + d_harmonics.shape[0]
+        gradients.harmonics[first:last] += d_harmonics
+        if d_radial.dim() == 1:
+            gradients.r[first:last] += d_radial
+            return
+        if self.t not in gradients.columns:
+            gradients.columns[self.t] = d_radial.new_zeros(gradients.r.shape[0], d_radial.shape[1])
+        gradients.columns[self.t][first:last] = d_radial
 
     def _convolve_backward(
-        self,
-        parts: List[Tensor],
-        sent: Tensor,
-        radial: LayerRadial,
-        graph: Graph,
-        begin: int,
-        end: int,
-        gradients: Gradients,
+        self, grad: Tensor, sent: Tensor, radial: LayerRadial, graph: Graph, n: int, gradients: Gradients
     ) -> Tensor:
-        """Cotangent of `sent` from receivers begin..end, whose messages have the cotangents `parts`."""
+        """Cotangent of `sent` from that of the messages."""
         tabulated = radial.table.numel() > 0
         weight = radial.weight.flatten(1)
-        total = torch.zeros(0)
-        for a, b in [(begin, end)] if tabulated else self._chunks(graph.first, begin, end):
+        chunks = [(0, n)] if tabulated else self._chunks(graph.first, 0, n)
+        parts = self._split(grad, n) if len(chunks) > 1 else []
+        total: Optional[Tensor] = None
+        for a, b in chunks:
             first, last = int(graph.first[a]), int(graph.first[b])
-            flat = torch.cat([part[:, a - begin : b - begin].flatten() for part in parts])
+            flat = torch.cat([part[:, a:b].flatten() for part in parts]) if parts else grad
             values = radial.columns if tabulated else self._values(radial, radial.columns[first:last])
             grad_sent, d_harmonics, d_radial = ops.convolution_backward(
                 sent, graph.harmonics, radial.table, values, graph.r, graph.table_kind, graph.sender, graph.first,
                 self.path_table, self.coupling, self.coefficient, a, b, FIRST_KNOT, radial.step, radial.per_kind, flat,
             )  # fmt: skip
-            gradients.harmonics[first:last] += d_harmonics
-            if tabulated:
-                gradients.r[first:last] += d_radial
-            else:
-                if self.t not in gradients.columns:
-                    gradients.columns[self.t] = torch.zeros_like(radial.columns)
-                gradients.columns[self.t][first:last] = torch.mm(d_radial.flatten(1), weight.t())
-            total = grad_sent if total.numel() == 0 else total + grad_sent
+            if not tabulated:
+                d_radial = torch.mm(d_radial.flatten(1), weight.t())
+            self._collect(gradients, first, d_harmonics, d_radial)
+            total = grad_sent if total is None else total + grad_sent
+        assert total is not None
         return total
 
 
-def per_irrep(features: Tensor, weight: Tensor) -> Tensor:
-    """A matrix per irrep: ((L+1)^2, n, K) x (L'+1, K, K') -> ((L'+1)^2, n, K'), L' <= L."""
-    out = features.new_empty(weight.shape[0] ** 2, features.shape[1], weight.shape[2])
-    for ell in range(weight.shape[0]):
-        torch.matmul(features[ell * ell : (ell + 1) ** 2], weight[ell], out=out[ell * ell : (ell + 1) ** 2])
-    return out
-
-
-def add_per_irrep(out: Tensor, features: Tensor, weight: Tensor) -> None:
-    """Adds `per_irrep` to the first components of `out`, as far as `features` and `weight` go."""
-    for ell in range(weight.shape[0]):
-        rows = slice(ell * ell, (ell + 1) ** 2)
-        if (ell + 1) ** 2 > min(out.shape[0], features.shape[0]):
-            break
-        out[rows] += torch.matmul(features[rows], weight[ell])
+def packed(matrices: Tensor) -> Tensor:
+    """(..., k, k') -> (..., blocks, k, C): columns in blocks as the kernels want them."""
+    if not matrices.numel():
+        return matrices
+    flat = in_blocks(matrices.reshape(-1, *matrices.shape[-2:]), LANES[matrices.dtype])
+    return flat.view(*matrices.shape[:-2], *flat.shape[1:])

@@ -32,6 +32,19 @@ typedef struct {
   const int32_t* starts;  // (n_outputs + 1)
 } MdplugPolynomial;
 
+typedef struct {
+  const MdplugPolynomial* polynomial;
+  int64_t n, k, k_out, l_max;
+  const int32_t* rows;   // (l_max + 1) numbers of a message of each irrep
+  const int32_t* group;  // (n) ascending: which matrices follow the messages; null: one set
+  const int32_t* kind;   // (n) coefficients of the polynomial; null: one set
+} MdplugProduct;
+
+typedef struct {
+  int64_t n, k, k_out, n_irreps, components_in, components;
+  const int32_t* group;  // (n) ascending, or null
+} MdplugLinear;
+
 #define MDPLUG_FUNCTIONS(T, S)                                                                                         \
   void (*harmonics_##S)(int64_t n, int l_max, int n_monomials, const int32_t* left, const int32_t* right,             \
                         const T* table, const T* vectors, const T* r, T* out, MdplugParallel parallel);               \
@@ -55,7 +68,14 @@ typedef struct {
                          const T* coefficients, const int32_t* kind, T* out, MdplugParallel parallel);                \
   void (*polynomial_backward_##S)(const MdplugPolynomial* shape, int64_t n, int64_t k, const T* inputs,               \
                                   const T* coefficients, const int32_t* kind, const T* grad, T* grad_inputs,          \
-                                  MdplugParallel parallel);
+                                  MdplugParallel parallel);                                                            \
+  void (*product_##S)(const MdplugProduct* shape, const T* messages, const T* linear, const T* norm,                   \
+                      const T* coefficients, const T* mix, T* out, T* mixed, MdplugParallel parallel);                 \
+  void (*product_backward_##S)(const MdplugProduct* shape, const T* grad, const T* mixed, const T* linear,             \
+                               const T* norm, const T* coefficients, const T* mix, T* grad_messages, T* grad_density,  \
+                               MdplugParallel parallel);                                                               \
+  void (*linear_##S)(const MdplugLinear* shape, const T* features, const T* weight, const T* base, T* out,             \
+                     MdplugParallel parallel);
 
 typedef struct {
   const char* name;

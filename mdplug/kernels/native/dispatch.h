@@ -42,6 +42,9 @@ struct Of;
     static auto convolution_backward() { return kernels().convolution_backward_##S; }                        \
     static auto polynomial() { return kernels().polynomial_##S; }                                            \
     static auto polynomial_backward() { return kernels().polynomial_backward_##S; }                          \
+    static auto product() { return kernels().product_##S; }                                                  \
+    static auto product_backward() { return kernels().product_backward_##S; }                                \
+    static auto linear() { return kernels().linear_##S; }                                                    \
   };
 MDPLUG_OF(float, f32)
 MDPLUG_OF(double, f64)

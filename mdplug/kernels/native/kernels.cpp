@@ -2,7 +2,7 @@
 #include "convolution.h"
 #include "density.h"
 #include "harmonics.h"
-#include "polynomial.h"
+#include "product.h"
 
 #define MDPLUG_STRING_(x) #x
 #define MDPLUG_STRING(x) MDPLUG_STRING_(x)
@@ -42,12 +42,25 @@ struct Entry {
   }
   static void poly(const MdplugPolynomial* shape, int64_t n, int64_t k, const T* inputs, const T* coefficients,
                    const int32_t* kind, T* out, MdplugParallel parallel) {
-    polynomial<T, narrow>(*shape, n, k, inputs, coefficients, kind, out, parallel);
+    polynomial<T>(*shape, n, k, inputs, coefficients, kind, out, parallel);
   }
   static void poly_backward(const MdplugPolynomial* shape, int64_t n, int64_t k, const T* inputs,
                             const T* coefficients, const int32_t* kind, const T* grad, T* grad_inputs,
                             MdplugParallel parallel) {
-    polynomial_backward<T, narrow>(*shape, n, k, inputs, coefficients, kind, grad, grad_inputs, parallel);
+    polynomial_backward<T>(*shape, n, k, inputs, coefficients, kind, grad, grad_inputs, parallel);
+  }
+  static void prod(const MdplugProduct* shape, const T* messages, const T* linear, const T* norm, const T* coefficients,
+                   const T* mix, T* out, T* mixed, MdplugParallel parallel) {
+    product<T>(*shape, messages, linear, norm, coefficients, mix, out, mixed, parallel);
+  }
+  static void prod_backward(const MdplugProduct* shape, const T* grad, const T* mixed, const T* linear, const T* norm,
+                            const T* coefficients, const T* mix, T* grad_messages, T* grad_density,
+                            MdplugParallel parallel) {
+    product_backward<T>(*shape, grad, mixed, linear, norm, coefficients, mix, grad_messages, grad_density, parallel);
+  }
+  static void lin(const MdplugLinear* shape, const T* features, const T* weight, const T* base, T* out,
+                  MdplugParallel parallel) {
+    irrep_linear<T>(*shape, features, weight, base, out, parallel);
   }
 };
 
@@ -57,7 +70,8 @@ using namespace MDPLUG_ISA;
 
 #define MDPLUG_ENTRIES(T)                                                                                  \
   harmonics<T>, harmonics_backward<T>, Entry<T>::dens, Entry<T>::dens_backward, Entry<T>::conv,            \
-      Entry<T>::conv_backward, Entry<T>::poly, Entry<T>::poly_backward
+      Entry<T>::conv_backward, Entry<T>::poly, Entry<T>::poly_backward, Entry<T>::prod, Entry<T>::prod_backward,       \
+      Entry<T>::lin
 
 extern "C" const MdplugKernels* MDPLUG_JOIN(mdplug_kernels_, MDPLUG_ISA)() {
   static const MdplugKernels table = {MDPLUG_STRING(MDPLUG_ISA), MDPLUG_ENTRIES(float), MDPLUG_ENTRIES(double)};

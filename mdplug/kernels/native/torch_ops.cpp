@@ -185,45 +185,6 @@ void op_convolution_backward(StableIValue* stack, uint64_t, uint64_t) {
   sent.is_float32() ? convolution<float>(stack, a, sent, true) : convolution<double>(stack, a, sent, true);
 }
 
-template <class T>
-Tensor polynomial(Arguments& a, const Tensor& inputs, bool backward) {
-  Tensor &coefficients = a.tensor(), &kind = a.tensor(), &nodes = a.tensor(), &term = a.tensor(), &starts = a.tensor();
-  MdplugPolynomial shape;
-  const int64_t n = inputs.size(1), k = inputs.size(2);
-  shape.n_inputs = inputs.size(0);
-  shape.n_nodes = nodes.size(0);
-  shape.n_terms = term.numel();
-  shape.n_outputs = starts.numel() - 1;
-  shape.nodes = nodes.data<int32_t>("nodes");
-  shape.term = term.data<int32_t>("term");
-  shape.starts = starts.data<int32_t>("starts");
-  const T *x = inputs.data<T>("inputs"), *c = coefficients.data<T>("coefficients");
-  const int32_t* z = kind.data<int32_t>("kind");
-  if (!backward) {
-    Tensor out = Tensor::empty<T>({shape.n_outputs, n, k});
-    Of<T>::polynomial()(&shape, n, k, x, c, z, out.data<T>("out"), parallel);
-    return out;
-  }
-  Tensor& grad = a.tensor();
-  Tensor out = Tensor::empty<T>({shape.n_inputs, n, k});
-  Of<T>::polynomial_backward()(&shape, n, k, x, c, z, grad.data<T>("grad"), out.data<T>("out"), parallel);
-  return out;
-}
-
-void op_polynomial(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments a(stack);
-  Tensor& x = a.tensor();
-  Tensor out = x.is_float32() ? polynomial<float>(a, x, false) : polynomial<double>(a, x, false);
-  stack[0] = out.release();
-}
-
-void op_polynomial_backward(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments a(stack);
-  Tensor& x = a.tensor();
-  Tensor out = x.is_float32() ? polynomial<float>(a, x, true) : polynomial<double>(a, x, true);
-  stack[0] = out.release();
-}
-
 #define MDPLUG_RADIAL "Tensor table, Tensor values, Tensor r, Tensor kind, "
 #define MDPLUG_KNOTS "int begin, int end, float first_knot, float step, int per_kind"
 
@@ -250,11 +211,6 @@ struct Registration {
          "Tensor sent, Tensor harmonics, " MDPLUG_RADIAL
          "Tensor sender, Tensor first, Tensor paths, Tensor coupling, Tensor coefficient, " MDPLUG_KNOTS ", Tensor grad",
          "(Tensor, Tensor, Tensor)", op_convolution_backward},
-        {"polynomial", "Tensor inputs, Tensor coefficients, Tensor kind, Tensor nodes, Tensor term, Tensor starts",
-         "Tensor", op_polynomial},
-        {"polynomial_backward",
-         "Tensor inputs, Tensor coefficients, Tensor kind, Tensor nodes, Tensor term, Tensor starts, Tensor grad",
-         "Tensor", op_polynomial_backward},
     };
     register_operators(operators);
   }
