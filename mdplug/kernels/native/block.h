@@ -75,6 +75,12 @@ struct Block {
     for (int i = 0; i < NV; ++i) b.v[i] = v[i] * a.v[i];
     return b;
   }
+  // Lane by lane; apart from what it is added to, or that sum would wait for each register in turn.
+  MDPLUG_INLINE V dot(const Block& a) const {
+    V sum = v[0] * a.v[0];
+    for (int i = 1; i < NV; ++i) sum += v[i] * a.v[i];
+    return sum;
+  }
   MDPLUG_INLINE Block operator*(T s) const {
     Block b;
     for (int i = 0; i < NV; ++i) b.v[i] = v[i] * s;

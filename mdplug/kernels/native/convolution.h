@@ -84,29 +84,27 @@ struct Paths {
   }
 };
 
-// One call's arrays, for one block of channels.
+// One call's arrays, for one block of channels. Kernels copy it: stores of vectors may alias anything but locals.
 template <class T, int C>
 struct Slice {
-  const Paths& paths;
-  const MdplugRadial& radial;
   const T* table;                // of the block, or null
-  const std::vector<Knot<T>>& knots;
+  const T* values;               // of all channels, if there is no table
+  const Knot<T>* knots;          // of the call's first pair
   const T* h;                    // (n_senders, components, C)
   const T* harmonics;
   const int32_t *sender, *first;
-  int64_t begin, e0, channel;
-  int count;
+  const int64_t *base, *out_stride;  // of the output components, see Paths::layout
+  int64_t begin, e0, channel, k, knot_stride;
+  int count, n_paths, n_sent, n_harmonics;
 
-  MDPLUG_INLINE const T* row(const Path& path, int64_t e, int64_t stride) const {
-    return table + knots[e - e0].row * stride + path.number * kOrders * C;
+  MDPLUG_INLINE const T* row(int path, int64_t e) const {
+    return table + knots[e - e0].row * knot_stride + path * (kOrders * C);
   }
-  MDPLUG_INLINE Block<T, C> radial_of(const Path& path, int64_t e) const {
-    const int64_t stride = int64_t(paths.n_paths) * kOrders * C;
-    if (table) return interpolate<T, C>(row(path, e, stride), stride, knots[e - e0].value);
-    const T* values = static_cast<const T*>(radial.values);
-    return Block<T, C>::load(values + ((e - e0) * paths.n_paths + path.number) * paths.shape.k + channel, count);
+  MDPLUG_INLINE Block<T, C> radial_of(int path, int64_t e) const {
+    if (table) return interpolate<T, C>(row(path, e), knot_stride, knots[e - e0].value);
+    return Block<T, C>::load(values + ((e - e0) * n_paths + path) * k + channel, count);
   }
-  MDPLUG_INLINE const T* features(int64_t e) const { return h + int64_t(sender[e]) * paths.n_sent * C; }
+  MDPLUG_INLINE const T* features(int64_t e) const { return h + int64_t(sender[e]) * n_sent * C; }
 };
 
 // Interpolation weights of pairs e0..e1; one entry where there is no table.
@@ -150,20 +148,22 @@ MDPLUG_INLINE void with_width(int l2, F&& f) {
 
 // Adds G pairs of one receiver, from e on, to its outer sums of a group.
 template <class T, int C, int M, int G>
-MDPLUG_INLINE void add_pairs(const Slice<T, C>& s, const Group& group, int64_t e, T* sums) {
+MDPLUG_INLINE void add_pairs(const Slice<T, C>& s, const Path* paths, const Path* end, int from_y, int64_t e, T* sums) {
   using B = Block<T, C>;
   const T *h[G], *y[G];
   for (int g = 0; g < G; ++g) {
     h[g] = s.features(e + g);
-    y[g] = s.harmonics + (e + g) * s.paths.n_harmonics + group.l2 * group.l2;
+    y[g] = s.harmonics + (e + g) * s.n_harmonics + from_y;
   }
-  for (const Path& path : group.paths) {
+  for (; paths != end; ++paths) {
+    const Path path = *paths;
     B r[G];
-    for (int g = 0; g < G; ++g) r[g] = s.radial_of(path, e + g);
+    for (int g = 0; g < G; ++g) r[g] = s.radial_of(path.number, e + g);
     T* sum = sums + path.outer * C;
-    for (int m1 = 0; m1 < 2 * path.l1 + 1; ++m1, sum += M * C) {
+    const int64_t from = path.l1 * path.l1 * C, to = (path.l1 + 1) * (path.l1 + 1) * C;
+    for (int64_t at = from; at < to; at += C, sum += M * C) {
       B left[G];
-      for (int g = 0; g < G; ++g) left[g] = r[g] * B::load(h[g] + (path.l1 * path.l1 + m1) * C);
+      for (int g = 0; g < G; ++g) left[g] = r[g] * B::load(h[g] + at);
       for (int m = 0; m < M; ++m) {
         B total = B::load(sum + m * C);
         for (int g = 0; g < G; ++g) total.fma(y[g][m], left[g]);
@@ -174,22 +174,51 @@ MDPLUG_INLINE void add_pairs(const Slice<T, C>& s, const Group& group, int64_t e
 }
 
 template <class T, int C, int M>
-void group_forward(const Slice<T, C>& s, const Group& group, int64_t from, int64_t to, T* sums, T* out) {
+void group_forward(const Slice<T, C> s, const Group& group, int64_t from, int64_t to, T* sums, T* out) {
   using B = Block<T, C>;
   constexpr int G = Block<T, C>::NV <= 2 ? 4 : 2;  // as many as the registers hold
+  const Path *paths = group.paths.data(), *end = paths + group.paths.size();
+  const int from_y = group.l2 * group.l2;
   for (int64_t i = from; i < to; ++i) {
     std::memset(sums, 0, sizeof(T) * group.n_outer * C);
+    const int64_t last = s.first[i + 1];
     int64_t e = s.first[i];
-    for (; e + G <= s.first[i + 1]; e += G) add_pairs<T, C, M, G>(s, group, e, sums);
-    for (; e < s.first[i + 1]; ++e) add_pairs<T, C, M, 1>(s, group, e, sums);
-    for (size_t t = 0; t < group.terms.size();) {
-      const int o = group.terms[t].out;
+    for (; e + G <= last; e += G) add_pairs<T, C, M, G>(s, paths, end, from_y, e, sums);
+    for (; e < last; ++e) add_pairs<T, C, M, 1>(s, paths, end, from_y, e, sums);
+    const Term *term = group.terms.data(), *end_terms = term + group.terms.size();
+    while (term != end_terms) {
+      const int o = term->out;
       B a = B::zero();
-      for (; t < group.terms.size() && group.terms[t].out == o; ++t)
-        a.fma(T(group.terms[t].value), B::load(sums + group.terms[t].outer * C));
-      a.store(out + s.paths.base[o] + (i - s.begin) * s.paths.stride[o] + s.channel, s.count);
+      for (; term != end_terms && term->out == o; ++term) a.fma(T(term->value), B::load(sums + term->outer * C));
+      a.store(out + s.base[o] + (i - s.begin) * s.out_stride[o] + s.channel, s.count);
     }
   }
+}
+
+// What a call's blocks of channels have in common.
+template <class T, int C>
+Slice<T, C> slice_of(const Paths& paths, const MdplugRadial& radial, const std::vector<Knot<T>>& knots, const T* h,
+                     const T* harmonics, const int32_t* sender, const int32_t* first, int64_t begin, int64_t block) {
+  const int64_t k = paths.shape.k, channel = block * C, stride = int64_t(paths.n_paths) * kOrders * C;
+  const T* table = static_cast<const T*>(radial.table);
+  return {table ? table + block * radial.rows * stride : nullptr,
+          static_cast<const T*>(radial.values),
+          knots.data(),
+          h,
+          harmonics,
+          sender,
+          first,
+          paths.base.data(),
+          paths.stride.data(),
+          begin,
+          first[begin],
+          channel,
+          k,
+          stride,
+          int(std::min<int64_t>(C, k - channel)),
+          paths.n_paths,
+          paths.n_sent,
+          paths.n_harmonics};
 }
 
 template <class T, int C>
@@ -203,12 +232,8 @@ void convolution(const MdplugConvolution& shape, int64_t n_senders, int64_t begi
   Scratch<T> h(n_senders * paths.n_sent * C);
   const int64_t atoms = n >= 64 ? 16 : 4;  // per task
   for (int64_t block = 0; block * C < k; ++block) {
-    const int64_t channel = block * C;
-    const int count = int(std::min<int64_t>(C, k - channel));
-    pack<T, C>(sent, n_senders, paths.n_sent, k, channel, count, h.data(), parallel);
-    const T* table =
-        radial.table ? static_cast<const T*>(radial.table) + block * radial.rows * paths.n_paths * kOrders * C : nullptr;
-    const Slice<T, C> slice{paths, radial, table, knots, h.data(), harmonics, sender, first, begin, e0, channel, count};
+    const Slice<T, C> slice = slice_of<T, C>(paths, radial, knots, h.data(), harmonics, sender, first, begin, block);
+    pack<T, C>(sent, n_senders, paths.n_sent, k, slice.channel, slice.count, h.data(), parallel);
     auto body = [&](int64_t task) {
       const int64_t from = begin + task * atoms, to = std::min(end, from + atoms);
       for (const Group& group : paths.groups) {
@@ -220,62 +245,71 @@ void convolution(const MdplugConvolution& shape, int64_t n_senders, int64_t begi
   }
 }
 
+// Cotangents q of the outer sums of receiver i, from those of its messages.
+template <class T, int C>
+MDPLUG_INLINE void outer_cotangents(const Slice<T, C>& s, const Group& group, int64_t i, const T* grad, T* q) {
+  using B = Block<T, C>;
+  const Term *term = group.by_outer.data(), *end = term + group.by_outer.size();
+  while (term != end) {
+    const int w = term->outer;
+    B a = B::zero();
+    for (; term != end && term->outer == w; ++term) {
+      const T* g = grad + s.base[term->out] + (i - s.begin) * s.out_stride[term->out] + s.channel;
+      a.fma(T(term->value), B::load(g, s.count));
+    }
+    a.store(q + w * C);
+  }
+}
+
 // What the pairs of receivers from..to give through one group: dh of all senders, dy and dr (or dvalues) of the pairs.
 template <class T, int C, int M>
-void group_backward(const Slice<T, C>& s, const Group& group, int64_t from, int64_t to, const T* grad, T* q, T* dh,
+void group_backward(const Slice<T, C> s, const Group& group, int64_t from, int64_t to, const T* grad, T* q, T* dh,
                     T* dy, T* dr) {
   using B = Block<T, C>;
   using V = typename Native<T>::type;
-  const int n_sent = s.paths.n_sent, n_y = s.paths.n_harmonics;
+  const int n_sent = s.n_sent, n_y = s.n_harmonics, from_y = group.l2 * group.l2;
+  const Path *paths = group.paths.data(), *end = paths + group.paths.size();
+  constexpr int N = (M + 4) / 4 * 4;  // derivatives by Y, then by r
   std::memset(q, 0, sizeof(T) * group.n_outer * C);  // some (m1, m2) couple to nothing
   for (int64_t i = from; i < to; ++i) {
-    for (size_t t = 0; t < group.by_outer.size();) {
-      const int w = group.by_outer[t].outer;
-      B a = B::zero();
-      for (; t < group.by_outer.size() && group.by_outer[t].outer == w; ++t) {
-        const int o = group.by_outer[t].out;
-        const T* g = grad + s.paths.base[o] + (i - s.begin) * s.paths.stride[o] + s.channel;
-        a.fma(T(group.by_outer[t].value), B::load(g, s.count));
-      }
-      a.store(q + w * C);
-    }
-    for (int64_t e = s.first[i]; e < s.first[i + 1]; ++e) {
-      const T *y = s.harmonics + e * n_y + group.l2 * group.l2, *own = s.features(e);
+    outer_cotangents<T, C>(s, group, i, grad, q);
+    const int64_t last = s.first[i + 1];
+    for (int64_t e = s.first[i]; e < last; ++e) {
+      const T *y = s.harmonics + e * n_y + from_y, *own = s.features(e);
       T* to_sender = dh + int64_t(s.sender[e]) * n_sent * C;
-      constexpr int N = (M + 4) / 4 * 4;  // derivatives by Y, then by r
       V d[N];
       for (int m = 0; m < N; ++m) d[m] = V{};
-      for (const Path& path : group.paths) {
+      for (const Path* p = paths; p != end; ++p) {
+        const Path path = *p;
         B r, slope = B::zero();
-        const int64_t stride = int64_t(s.paths.n_paths) * kOrders * C;
         if (s.table)
-          interpolate<T, C>(s.row(path, e, stride), stride, s.knots[e - s.e0], r, slope);
+          interpolate<T, C>(s.row(path.number, e), s.knot_stride, s.knots[e - s.e0], r, slope);
         else
-          r = s.radial_of(path, e);
+          r = s.radial_of(path.number, e);
         B into = B::zero();  // sum over m1 of H[m1] t[m1]: cotangent of R_p
         const T* qs = q + path.outer * C;
-        for (int m1 = 0; m1 < 2 * path.l1 + 1; ++m1, qs += M * C) {
-          const B feature = B::load(own + (path.l1 * path.l1 + m1) * C), left = r * feature;
+        const int64_t start = path.l1 * path.l1 * C, stop = (path.l1 + 1) * (path.l1 + 1) * C;
+        for (int64_t at = start; at < stop; at += C, qs += M * C) {
+          const B feature = B::load(own + at), left = r * feature;
           B t = B::zero();  // sum over m2 of Y Q
           for (int m = 0; m < M; ++m) {
             const B a = B::load(qs + m * C);
             t.fma(y[m], a);
-            for (int v = 0; v < B::NV; ++v) d[m] += left.v[v] * a.v[v];
+            d[m] += left.dot(a);
           }
           into.fma(feature, t);
-          T* sum = to_sender + (path.l1 * path.l1 + m1) * C;
-          B total = B::load(sum);
+          B total = B::load(to_sender + at);
           total.fma(r, t);
-          total.store(sum);
+          total.store(to_sender + at);
         }
         if (s.table)
-          for (int v = 0; v < B::NV; ++v) d[M] += slope.v[v] * into.v[v];
+          d[M] += slope.dot(into);
         else
-          into.store(dr + ((e - s.e0) * s.paths.n_paths + path.number) * s.paths.shape.k + s.channel, s.count);
+          into.store(dr + ((e - s.e0) * s.n_paths + path.number) * s.k + s.channel, s.count);
       }
       T sums[N];
       lane_sums<T>(d, N, sums);
-      T* to_y = dy + (e - s.e0) * n_y + group.l2 * group.l2;
+      T* to_y = dy + (e - s.e0) * n_y + from_y;
       for (int m = 0; m < M; ++m) to_y[m] += sums[m];
       if (s.table) dr[e - s.e0] += sums[M];
     }
@@ -299,12 +333,8 @@ void convolution_backward(const MdplugConvolution& shape, int64_t n_senders, int
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(8, n / 4)), atoms = 16;
   Scratch<T> h(n_senders * size), dh(parts * n_senders * size);
   for (int64_t block = 0; block * C < k; ++block) {
-    const int64_t channel = block * C;
-    const int count = int(std::min<int64_t>(C, k - channel));
-    pack<T, C>(sent, n_senders, n_sent, k, channel, count, h.data(), parallel);
-    const T* table =
-        radial.table ? static_cast<const T*>(radial.table) + block * radial.rows * paths.n_paths * kOrders * C : nullptr;
-    const Slice<T, C> slice{paths, radial, table, knots, h.data(), harmonics, sender, first, begin, e0, channel, count};
+    const Slice<T, C> slice = slice_of<T, C>(paths, radial, knots, h.data(), harmonics, sender, first, begin, block);
+    pack<T, C>(sent, n_senders, n_sent, k, slice.channel, slice.count, h.data(), parallel);
     auto body = [&](int64_t part) {
       T* sums = dh.data() + part * n_senders * size;
       std::memset(sums, 0, sizeof(T) * n_senders * size);
@@ -325,7 +355,7 @@ void convolution_backward(const MdplugConvolution& shape, int64_t n_senders, int
         for (int m = 0; m < n_sent; ++m) {
           B sum = B::zero();
           for (int64_t part = 0; part < parts; ++part) sum.add(B::load(dh.data() + (part * n_senders + j) * size + m * C));
-          sum.store(grad_sent + (m * n_senders + j) * k + channel, count);
+          sum.store(grad_sent + (m * n_senders + j) * k + slice.channel, slice.count);
         }
     };
     run(parallel, (n_senders + 63) / 64, collect);

@@ -42,12 +42,20 @@ MDPLUG_INLINE Knot<T> knot(const MdplugRadial& radial, int64_t pair) {
   return k;
 }
 
+// Hides where a pointer came from: else each of its offsets is kept on the stack.
+template <class T>
+MDPLUG_INLINE const T* opaque(const T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 // One block of a function; `row` is its place at the lower knot, `stride` on is that at the upper one.
 template <class T, int C>
 MDPLUG_INLINE Block<T, C> interpolate(const T* row, int64_t stride, const T* weight) {
+  const T* upper = opaque(row + stride);
   Block<T, C> out = Block<T, C>::load(row) * weight[0];
   for (int o = 1; o < kOrders; ++o) out.fma(weight[o], Block<T, C>::load(row + o * C));
-  for (int o = 0; o < kOrders; ++o) out.fma(weight[kOrders + o], Block<T, C>::load(row + stride + o * C));
+  for (int o = 0; o < kOrders; ++o) out.fma(weight[kOrders + o], Block<T, C>::load(upper + o * C));
   return out;
 }
 
@@ -55,9 +63,10 @@ MDPLUG_INLINE Block<T, C> interpolate(const T* row, int64_t stride, const T* wei
 template <class T, int C>
 MDPLUG_INLINE void interpolate(const T* row, int64_t stride, const Knot<T>& at, Block<T, C>& value, Block<T, C>& slope) {
   using B = Block<T, C>;
+  const T* upper = opaque(row + stride);
   value = slope = B::zero();
   for (int o = 0; o < 2 * kOrders; ++o) {
-    const B a = B::load(o < kOrders ? row + o * C : row + stride + (o - kOrders) * C);
+    const B a = B::load(o < kOrders ? row + o * C : upper + (o - kOrders) * C);
     value.fma(at.value[o], a);
     slope.fma(at.slope[o], a);
   }
