@@ -185,13 +185,9 @@ class KernelMACE(Potential):
             new, kept = layer(features[t], out, radial[t], graph, atoms, scalars.densities.get(t))
             features.append(new)
             saved.append(kept if gradient else None)
-            with torch.enable_grad():
-                leaf = new[0].detach().requires_grad_(True)
-                read = mace.readouts[t](leaf, atom_head)
-            energy = energy + read.detach()
-            if gradient:
-                slope = torch.autograd.grad(read, leaf, scale)[0] if read.requires_grad else torch.zeros_like(leaf)
-                slopes.append(slope)
+            read, slope = mace.readouts[t].with_slope(new[0], atom_head, scale)
+            energy = energy + read
+            slopes.append(slope)
         energy = scale * energy + mace.shift[atom_head] + outside
         place = atoms.place[: atoms.n].long()
         result = {
@@ -268,10 +264,12 @@ class KernelMACE(Potential):
             outputs.append(columns)
             cotangents.append(gradients.columns[t])
         if outputs and graph.r.shape[0]:
-            gradients.r += torch.autograd.grad(outputs, scalars.r, cotangents)[0].squeeze(1)
+            along = torch.autograd.grad(outputs, scalars.r, cotangents)[0].squeeze(1)
+            gradients.r = along if gradients.r is None else gradients.r + along
         harmonics = self.definition.harmonics
+        along_r = torch.zeros_like(graph.r) if gradients.r is None else gradients.r
         return ops.harmonics_backward(
-            vec, graph.r, self.left, self.right, harmonics.table, harmonics.l_max, gradients.harmonics, gradients.r
+            vec, graph.r, self.left, self.right, harmonics.table, harmonics.l_max, gradients.harmonics, along_r
         )
 
     # --- parts -------------------------------------------------------------------------------------------------------

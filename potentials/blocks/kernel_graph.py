@@ -1,6 +1,6 @@
 """What the layers of a MACE on the kernels share: sorted atoms and pairs, radial functions, cotangents of the pairs."""
 
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -55,13 +55,36 @@ class LayerRadial(NamedTuple):
 
 
 class Gradients:
-    """Cotangents of what pairs hold, summed over the layers."""
+    """Cotangents of what pairs hold, summed over the layers.
+
+    Attributes:
+        harmonics, r, columns: see `Graph` and `LayerRadial`, columns by layer. density: (n,) by layer.
+    """
 
     def __init__(self, graph: Graph):
-        self.harmonics = torch.zeros_like(graph.harmonics)
-        self.r = torch.zeros_like(graph.r)
+        self.graph = graph
+        self.harmonics: Optional[Tensor] = None
+        self.r: Optional[Tensor] = None
         self.columns: Dict[int, Tensor] = {}
         self.density: Dict[int, Tensor] = {}
+
+    def add(self, t: int, first: int, d_harmonics: Tensor, d_radial: Tensor) -> None:
+        """What layer t gave the pairs from `first` on; d_radial: by r (p,), or by columns (p, b)."""
+        self.harmonics = _added(self.harmonics, self.graph.harmonics, first, d_harmonics)
+        if d_radial.dim() == 1:
+            self.r = _added(self.r, self.graph.r, first, d_radial)
+        else:
+            like = d_radial.new_empty(len(self.graph.r), d_radial.shape[1])
+            self.columns[t] = _added(self.columns.get(t), like, first, d_radial)
+
+
+def _added(total: Optional[Tensor], like: Tensor, first: int, part: Tensor) -> Tensor:
+    if total is None:
+        if len(part) == len(like):
+            return part
+        total = torch.zeros_like(like)
+    total[first : first + len(part)] += part
+    return total
 
 
 def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:

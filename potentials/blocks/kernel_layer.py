@@ -259,7 +259,7 @@ class KernelLayer(nn.Module):
         if sent is None:
             shape = (graph.harmonics.shape[1], atoms.n, -1)
             found = ops.density_backward(*self._density(radial, graph, atoms), d_messages.view(shape))
-            self._collect(gradients, 0, *found)
+            gradients.add(self.t, 0, *found)
         else:
             grad_sent = self._convolve_backward(d_messages, sent, radial, graph, atoms.n, gradients)
             if d_own is not None:
@@ -270,17 +270,6 @@ class KernelLayer(nn.Module):
         else:
             back = torch.zeros_like(features)
         return back, grad_sent
-
-    def _collect(self, gradients: Gradients, first: int, d_harmonics: Tensor, d_radial: Tensor) -> None:
-        """Adds what pairs from `first` on got; d_radial: by r, or by columns where there is no table."""
-        last = first + d_harmonics.shape[0]
-        gradients.harmonics[first:last] += d_harmonics
-        if d_radial.dim() == 1:
-            gradients.r[first:last] += d_radial
-            return
-        if self.t not in gradients.columns:
-            gradients.columns[self.t] = d_radial.new_zeros(gradients.r.shape[0], d_radial.shape[1])
-        gradients.columns[self.t][first:last] = d_radial
 
     def _convolve_backward(
         self, grad: Tensor, sent: Tensor, radial: LayerRadial, graph: Graph, n: int, gradients: Gradients
@@ -301,7 +290,7 @@ class KernelLayer(nn.Module):
             )  # fmt: skip
             if not tabulated:
                 d_radial = torch.mm(d_radial.flatten(1), weight.t())
-            self._collect(gradients, first, d_harmonics, d_radial)
+            gradients.add(self.t, first, d_harmonics, d_radial)
             total = grad_sent if total is None else total + grad_sent
         assert total is not None
         return total

@@ -37,6 +37,18 @@ def activate(x: Tensor, name: str) -> Tensor:
     return x
 
 
+def activate_slope(x: Tensor, name: str) -> Tensor:
+    """Derivative of `activate`."""
+    if name == "silu":
+        s = torch.sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+    if name == "tanh":
+        return 1.0 - torch.tanh(x).square()
+    if name == "abs":
+        return torch.sign(x)
+    return torch.ones_like(x)
+
+
 def polynomial_cutoff(r: Tensor, cutoff: Tensor, p: int) -> Tensor:
     """1 at r=0, 0 from r=cutoff on, twice continuously differentiable there.
 

@@ -1,14 +1,14 @@
 """Energies from scalar features, per level of theory; and features from total charge and spin."""
 
 import math
-from typing import Any, Dict, Final, List
+from typing import Any, Dict, Final, List, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mdplug.errors import InputError
-from mdplug.potentials.blocks.radial import ACTIVATION_NORM, activate
+from mdplug.potentials.blocks.radial import ACTIVATION_NORM, activate, activate_slope
 
 
 class NoReadout(nn.Module):
@@ -17,6 +17,11 @@ class NoReadout(nn.Module):
     def forward(self, scalars: Tensor, head: Tensor) -> Tensor:
         """(n, K), (n,) -> (n,) zeros."""
         return scalars.new_zeros(scalars.shape[0])
+
+    @torch.jit.unused
+    def with_slope(self, scalars: Tensor, head: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
+        """Energies, and d(sum of weight x energy)/d(scalars)."""
+        return self(scalars, head), torch.zeros_like(scalars)
 
     @torch.jit.unused
     def scales(self) -> Dict[str, float]:
@@ -38,6 +43,11 @@ class LinearReadout(nn.Module):
             scalars: (n, K). head: (n,) int64.
         """
         return torch.mm(scalars, self.weight).gather(1, head.unsqueeze(1)).squeeze(1)
+
+    @torch.jit.unused
+    def with_slope(self, scalars: Tensor, head: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
+        """Energies (n,), and d(sum of weight x energy)/d(scalars) (n, K); weight: (n,)."""
+        return self(scalars, head), weight.unsqueeze(1) * self.weight.t().index_select(0, head)
 
     @torch.jit.unused
     def scales(self) -> Dict[str, float]:
@@ -76,6 +86,27 @@ class GatedReadout(nn.Module):
         if self.bias:
             energy = energy + self.last_bias.unsqueeze(1)
         return energy.gather(0, head.unsqueeze(0)).squeeze(0)
+
+    @torch.jit.unused
+    def with_slope(self, scalars: Tensor, head: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
+        """As `LinearReadout.with_slope`."""
+        first = torch.matmul(scalars, self.first)
+        x = activate(first, self.gate)
+        middle = first
+        if self.bias:
+            middle = torch.baddbmm(self.middle_bias.unsqueeze(1), x, self.middle)
+            x = activate(middle, self.gate)
+        energy = torch.bmm(x, self.last.unsqueeze(2)).squeeze(2)
+        own = weight.unsqueeze(0)  # (H, n): of other heads than an atom's, nothing
+        if self.bias:
+            energy = energy + self.last_bias.unsqueeze(1)
+        if len(self.first) > 1:
+            own = torch.zeros_like(energy).scatter_(0, head.unsqueeze(0), own)
+        slope = own.unsqueeze(2) * self.last.unsqueeze(1) * activate_slope(middle, self.gate)
+        if self.bias:
+            slope = torch.bmm(slope, self.middle.transpose(1, 2)) * activate_slope(first, self.gate)
+        back = torch.bmm(slope, self.first.transpose(1, 2)).sum(0)
+        return energy.gather(0, head.unsqueeze(0)).squeeze(0), back
 
     @torch.jit.unused
     def scales(self) -> Dict[str, float]:
