@@ -12,30 +12,43 @@
 
 namespace MDPLUG_ISA {
 
-// Where each entry is used: in terms (the term, its output) and in products (the product, its other factor).
+// How cotangents flow. They lie in one array: of the terms, then of the entries. A product that nothing but one term
+// uses has no place of its own: its cotangent is that of the term.
 struct Uses {
   struct Use {
-    int32_t at, with;
+    int32_t at, with;  // a cotangent, and the entry that it is multiplied with
   };
-  std::vector<int32_t> terms_from, products_from;
-  std::vector<Use> terms, products;
+  std::vector<int32_t> output;  // of each term
+  std::vector<int32_t> entries;  // with a place of their own, last first
+  std::vector<int32_t> terms_from, products_from;  // of each of those: its terms and products, below
+  std::vector<int32_t> terms;
+  std::vector<Use> products;
 
-  explicit Uses(const MdplugPolynomial& s)
-      : terms_from(s.n_inputs + s.n_nodes + 1, 0), products_from(terms_from), terms(s.n_terms), products(2 * s.n_nodes) {
-    const int32_t entries = int32_t(terms_from.size()) - 1;
-    for (int64_t t = 0; t < s.n_terms; ++t) ++terms_from[s.term[t] + 1];
-    for (int64_t j = 0; j < 2 * s.n_nodes; ++j) ++products_from[s.nodes[j] + 1];
-    for (int32_t q = 0; q < entries; ++q) {
-      terms_from[q + 1] += terms_from[q];
-      products_from[q + 1] += products_from[q];
-    }
-    std::vector<int32_t> term_at(terms_from), product_at(products_from);
+  explicit Uses(const MdplugPolynomial& s) {
+    const int32_t n = int32_t(s.n_inputs + s.n_nodes), n_terms = int32_t(s.n_terms);
+    std::vector<std::vector<int32_t>> terms_of(n);
+    std::vector<std::vector<int32_t>> products_of(n);
     for (int32_t o = 0; o < s.n_outputs; ++o)
-      for (int32_t t = s.starts[o]; t < s.starts[o + 1]; ++t) terms[term_at[s.term[t]]++] = {t, o};
-    for (int32_t j = 0; j < s.n_nodes; ++j)
-      for (int side = 0; side < 2; ++side)
-        products[product_at[s.nodes[2 * j + side]]++] = {int32_t(s.n_inputs) + j, s.nodes[2 * j + 1 - side]};
+      for (int32_t t = s.starts[o]; t < s.starts[o + 1]; ++t) {
+        output.push_back(o);
+        terms_of[s.term[t]].push_back(t);
+      }
+    for (int32_t j = 0; j < 2 * s.n_nodes; ++j) products_of[s.nodes[j]].push_back(j);
+    auto place = [&](int32_t q) {
+      return q >= s.n_inputs && products_of[q].empty() && terms_of[q].size() == 1 ? terms_of[q][0] : n_terms + q;
+    };
+    terms_from.push_back(0);
+    products_from.push_back(0);
+    for (int32_t q = n - 1; q >= 0; --q) {
+      if (place(q) < n_terms) continue;
+      entries.push_back(q);
+      terms.insert(terms.end(), terms_of[q].begin(), terms_of[q].end());
+      for (int32_t j : products_of[q]) products.push_back({place(int32_t(s.n_inputs) + j / 2), s.nodes[j ^ 1]});
+      terms_from.push_back(int32_t(terms.size()));
+      products_from.push_back(int32_t(products.size()));
+    }
   }
+  int64_t places(const MdplugPolynomial& s) const { return s.n_terms + s.n_inputs + s.n_nodes; }
 };
 
 // Inputs of one atom and block of channels, and their products.
@@ -58,19 +71,26 @@ MDPLUG_INLINE Block<T, C> output(const MdplugPolynomial& s, const T* x, const T*
   return sum;
 }
 
-// Cotangents d of all entries, inputs among them, from those of the outputs, g[o * g_row].
+// Cotangents of the inputs, (n_inputs, C) from the place returned on, from those of the outputs, g[o * g_row].
 template <class T, int C>
-MDPLUG_INLINE void gradient(const MdplugPolynomial& s, const Uses& uses, const T* x, const T* c, const T* g,
-                            int64_t g_row, T* d) {
+MDPLUG_INLINE const T* gradient(const MdplugPolynomial& s, const Uses& uses, const T* x, const T* c, const T* g,
+                                int64_t g_row, T* d) {
   using B = Block<T, C>;
-  for (int64_t q = s.n_inputs + s.n_nodes - 1; q >= 0; --q) {
+  const int32_t* output = uses.output.data();
+  for (int64_t t = 0; t < s.n_terms; ++t) (B::load(c + t * C) * B::load(g + output[t] * g_row)).store(d + t * C);
+  T* of_entries = d + s.n_terms * C;
+  const int32_t *terms = uses.terms.data(), *terms_to = uses.terms_from.data() + 1;
+  const int32_t* products_to = uses.products_from.data() + 1;
+  const Uses::Use* products = uses.products.data();
+  int32_t t = 0, p = 0;
+  for (const int32_t q : uses.entries) {
     B sum = B::zero();
-    for (int32_t u = uses.terms_from[q]; u < uses.terms_from[q + 1]; ++u)
-      sum.fma(B::load(c + uses.terms[u].at * C), B::load(g + uses.terms[u].with * g_row));
-    for (int32_t u = uses.products_from[q]; u < uses.products_from[q + 1]; ++u)
-      sum.fma(B::load(d + uses.products[u].at * C), B::load(x + uses.products[u].with * C));
-    sum.store(d + q * C);
+    for (; t < *terms_to; ++t) sum.add(B::load(d + terms[t] * C));
+    for (; p < *products_to; ++p) sum.fma(B::load(d + products[p].at * C), B::load(x + products[p].with * C));
+    sum.store(of_entries + q * C);
+    ++terms_to, ++products_to;
   }
+  return of_entries;
 }
 
 template <class T>
@@ -103,7 +123,7 @@ void polynomial_backward(const MdplugPolynomial& s, int64_t n, int64_t k, const 
   const int64_t blocks = (k + C - 1) / C, chunk = 8, size = s.n_inputs + s.n_nodes;
   const Uses uses(s);
   auto body = [&](int64_t task) {
-    Scratch<T> x(size * C), d(size * C), g(s.n_outputs * C);
+    Scratch<T> x(size * C), d(uses.places(s) * C), g(s.n_outputs * C);
     const int64_t end = std::min(n, (task + 1) * chunk);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t channel = block * C;
@@ -113,9 +133,9 @@ void polynomial_backward(const MdplugPolynomial& s, int64_t n, int64_t k, const 
         for (int64_t o = 0; o < s.n_outputs; ++o)
           B::load(grad + (o * n + i) * k + channel, count).store(g.data() + o * C);
         const T* c = coefficients + (kind[i] * blocks + block) * s.n_terms * C;
-        gradient<T, C>(s, uses, x.data(), c, g.data(), C, d.data());
+        const T* found = gradient<T, C>(s, uses, x.data(), c, g.data(), C, d.data());
         for (int64_t m = 0; m < s.n_inputs; ++m)
-          B::load(d.data() + m * C).store(grad_inputs + (m * n + i) * k + channel, count);
+          B::load(found + m * C).store(grad_inputs + (m * n + i) * k + channel, count);
       }
     }
   };

@@ -90,7 +90,7 @@ void product_backward(const MdplugProduct& p, const T* grad, const T* mixed, con
   const Uses uses(s);
   auto body = [&](int64_t task) {
     const int64_t from = starts[task], count = starts[task + 1] - from;
-    Scratch<T> work(2 * entries * C), outer(s.n_outputs * kAtoms * width), inner(s.n_inputs * kAtoms * width);
+    Scratch<T> work((entries + uses.places(s)) * C), outer(s.n_outputs * kAtoms * width), inner(s.n_inputs * kAtoms * width);
     T *x = work.data(), *d = x + entries * C, *g = outer.data(), *back = inner.data();
     for (int64_t o = 0; o < s.n_outputs; ++o)
       multiply<T>(count, p.k_out, width, grad + (o * n + from) * p.k_out, p.k_out, mix + degree(o) * p.k_out * width,
@@ -102,9 +102,9 @@ void product_backward(const MdplugProduct& p, const T* grad, const T* mixed, con
         fill<T, C>(s, n, k, mixed, from + i, channel, lanes, x);
         const int64_t kind = p.kind ? p.kind[from + i] : 0;
         const T* c = coefficients + (kind * blocks + block) * s.n_terms * C;
-        gradient<T, C>(s, uses, x, c, g + i * width + channel, kAtoms * width, d);
+        const T* found = gradient<T, C>(s, uses, x, c, g + i * width + channel, kAtoms * width, d);
         for (int64_t m = 0; m < s.n_inputs; ++m)
-          B::load(d + m * C).store(back + (m * kAtoms + i) * width + channel);
+          B::load(found + m * C).store(back + (m * kAtoms + i) * width + channel);
       }
     }
     if (norm)
