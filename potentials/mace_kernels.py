@@ -15,6 +15,7 @@ from mdplug.potential import Potential
 from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial
 from mdplug.potentials.blocks.kernel_layer import KernelLayer, add_per_irrep, per_irrep
 from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
+from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.mace import MACE
 
 ops: Any = torch.ops.mdplug
@@ -190,7 +191,7 @@ class KernelMACE(Potential):
                 read = mace.readouts[t](leaf, atom_head)
             energy = energy + read.detach()
             if gradient:
-                slope = torch.autograd.grad(read, leaf, scale)[0] if read.requires_grad else torch.zeros_like(leaf)
+                slope = pull_back([read], [leaf], [scale])[0] if read.requires_grad else torch.zeros_like(leaf)
                 slopes.append(slope)
         energy = scale * energy + mace.shift[atom_head] + outside
         place = atoms.place[: atoms.n].long()
@@ -226,7 +227,7 @@ class KernelMACE(Potential):
             return grad
         leaf, filled = tape
         rows = grad.transpose(0, 1).flatten(1)[atoms.place.long()]
-        back = torch.autograd.grad(filled, leaf, rows)[0][atoms.order]
+        back = pull_back([filled], [leaf], [rows])[0][atoms.order]
         return back.view(atoms.n, grad.shape[0], grad.shape[2]).transpose(0, 1)
 
     def _adjoint(
@@ -267,7 +268,7 @@ class KernelMACE(Potential):
             outputs.append(columns)
             cotangents.append(gradients.columns[t])
         if outputs and graph.r.shape[0]:
-            gradients.r += torch.autograd.grad(outputs, scalars.r, cotangents)[0].squeeze(1)
+            gradients.r += pull_back(outputs, [scalars.r], cotangents)[0].squeeze(1)
         harmonics = self.definition.harmonics
         return ops.harmonics_backward(
             vec, graph.r, self.left, self.right, harmonics.table, harmonics.l_max, gradients.harmonics, gradients.r

@@ -9,6 +9,7 @@ from mdplug.potentials.blocks.contraction import sparse_polynomial
 from mdplug.potentials.blocks.interaction import GatedMessenger
 from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial, coupling
 from mdplug.potentials.blocks.knots import LANES, in_blocks
+from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.blocks.tables import FIRST_KNOT
 
 ops: Any = torch.ops.mdplug
@@ -232,7 +233,7 @@ class KernelLayer(nn.Module):
             )  # fmt: skip
             if self.gated:
                 out, leaves = tape
-                *d_messages, d_own, d_rho = torch.autograd.grad(out, leaves, d_mixed)
+                *d_messages, d_own, d_rho = pull_back([out], leaves, [d_mixed])
                 assert grad_own is not None
                 assert grad_rho is not None
                 grad_own[:, begin:end] += d_own
