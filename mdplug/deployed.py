@@ -7,6 +7,7 @@ from typing import Dict, Final, List, Optional
 import torch
 from torch import Tensor
 
+from mdplug import kernels
 from mdplug.errors import InputError
 from mdplug.pairs import Pairs
 from mdplug.pairs import pairs as find_pairs
@@ -66,26 +67,21 @@ class Deployed(Model):
         """
         dtype = self.dtype_of.dtype
         receiver, sender = pairs[0], pairs[1]
-        n_systems = cell.shape[0]
-        if n_systems == 1:  # a gather of one cell per pair is what costs
-            pair_system = receiver
+        if cell.shape[0] == 1:  # a gather of one cell per pair is what costs
             translation = torch.mm(shifts.to(cell.dtype), cell[0])
         else:
-            pair_system = system_index[receiver]
-            translation = torch.bmm(shifts.to(cell.dtype).unsqueeze(1), cell[pair_system]).squeeze(1)
+            translation = torch.bmm(shifts.to(cell.dtype).unsqueeze(1), cell[system_index[receiver]]).squeeze(1)
         r = (positions.index_select(0, sender) - positions.index_select(0, receiver) + translation).detach()
+        if self.written:  # noqa: SIM102  (a constant: TorchScript drops the branch)
+            if forces and not create_graph:
+                return self.by_written_adjoint(
+                    r, numbers, positions, cell, pairs, system_index, total_charge, total_spin, head
+                )
         vectors = r.to(dtype).clone()
         x, box = positions.detach().clone(), cell.detach().clone()
         n = numbers.shape[0]
         grad_mode = torch.is_grad_enabled()
         charge, spin = total_charge.to(dtype), total_spin.to(dtype)
-        if self.written:  # noqa: SIM102  (a constant: TorchScript drops the branch)
-            if forces and not create_graph:
-                out = self.potential.local_with_gradient(numbers, pairs, vectors, n, system_index, charge, spin, head)
-                energy = torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, out["atom_energy"].to(cell.dtype))
-                out.update(forces_and_virial(r, out.pop("pair_gradient"), pairs, pair_system, positions, cell))
-                out["energy"] = energy
-                return out
         # TorchScript has no enable_grad; an engine may call us with grad mode off.
         torch.set_grad_enabled(True)
         if forces:
@@ -105,7 +101,7 @@ class Deployed(Model):
         torch.set_grad_enabled(grad_mode or create_graph)
         result: Dict[str, Tensor] = {}
         if forces:
-            direct = forces_and_virial(r, zeros_if_none(grads[0], vectors), pairs, pair_system, positions, cell)
+            direct = forces_and_virial(r, zeros_if_none(grads[0], vectors), pairs, system_index, positions, cell)
             force, virial = direct["forces"], direct["virial"]
             if self.long_range:
                 dx, dbox = zeros_if_none(grads[1], x), zeros_if_none(grads[2], box)
@@ -121,16 +117,43 @@ class Deployed(Model):
         result["energy"] = energy if create_graph else energy.detach()
         return result
 
+    @torch.jit.unused
+    def by_written_adjoint(
+        self,
+        r: Tensor,
+        numbers: Tensor,
+        positions: Tensor,
+        cell: Tensor,
+        pairs: Tensor,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
+        """As `forward` with forces, for pair vectors `r` (E, 3) float64 A, by the potential's own adjoint."""
+        dtype, n = self.dtype_of.dtype, numbers.shape[0]
+        charge, spin = total_charge.to(dtype), total_spin.to(dtype)
+        out = self.potential.local_with_gradient(numbers, pairs, r.to(dtype), n, system_index, charge, spin, head)
+        energy = torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, out["atom_energy"].to(cell.dtype))
+        out.update(forces_and_virial(r, out.pop("pair_gradient"), pairs, system_index, positions, cell))
+        out["energy"] = energy
+        return out
+
 
 def forces_and_virial(
-    r: Tensor, pair_gradient: Tensor, pairs: Tensor, pair_system: Tensor, positions: Tensor, cell: Tensor
+    r: Tensor, pair_gradient: Tensor, pairs: Tensor, system_index: Tensor, positions: Tensor, cell: Tensor
 ) -> Dict[str, Tensor]:
     """The one scatter of dE/d(vectors): "forces" (N, 3) eV/A and the symmetric "virial" (S, 3, 3) eV, float64.
 
     Args:
-        r: (E, 3) float64 A. pair_gradient: (E, 3) eV/A. pairs: (2, E). pair_system: (E,). positions: (N, 3).
+        r: (E, 3) float64 A. pair_gradient: (E, 3) eV/A. pairs: (2, E). system_index: (N,). positions: (N, 3).
         cell: (S, 3, 3).
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops the branch)
+        if kernels.serves(r) and not pair_gradient.requires_grad:
+            arguments = (r.contiguous(), pair_gradient.contiguous(), pairs.contiguous(), system_index, cell.shape[0])
+            summed = torch.ops.mdplug.sum_pairs(*arguments)
+            return {"forces": summed[0], "virial": summed[1]}
     gradient = pair_gradient.to(torch.float64)
     force = torch.zeros_like(positions).index_add(0, pairs[0], gradient)
     force = force.index_add(0, pairs[1], -gradient)
@@ -138,7 +161,7 @@ def forces_and_virial(
         virial = torch.mm(r.t(), gradient).unsqueeze(0)
     else:
         outer = r.unsqueeze(2) * gradient.unsqueeze(1)
-        virial = torch.zeros_like(cell).index_add(0, pair_system, outer)
+        virial = torch.zeros_like(cell).index_add(0, system_index[pairs[0]], outer)
     return {"forces": force, "virial": -0.5 * (virial + virial.transpose(1, 2))}
 
 
@@ -218,6 +241,18 @@ def call(
     deployed: Model, system: AtomicSystem, pairs: Pairs, forces: bool = True, create_graph: bool = False
 ) -> Dict[str, Tensor]:
     """Hand a system to a deployed potential; the one place that spells out its arguments."""
+    if forces and not create_graph and pairs.system is system and isinstance(deployed, Deployed) and deployed.written:
+        return deployed.by_written_adjoint(
+            pairs.vectors.detach(),
+            system.numbers,
+            system.positions,
+            system.cell,
+            pairs.index,
+            system.system_index,
+            system.total_charge,
+            system.total_spin,
+            head_of(deployed, system),
+        )
     return deployed(
         system.numbers,
         system.positions,

@@ -1,0 +1,92 @@
+// The MD loop's pair list and sums as operators of torch, namespace mdplug; see ../README.md.
+#include "pair_list.h"
+#include "torch_shim.h"
+
+namespace mdplug {
+namespace {
+
+void require(bool fits, const char* what) {
+  if (!fits) throw std::runtime_error(std::string("mdplug kernels: ") + what);
+}
+
+// Indices are followed into memory here: none may point outside.
+void inside(const int64_t* index, int64_t n, int64_t end, const char* what) {
+  int64_t low = 0, high = -1;
+  for (int64_t k = 0; k < n; ++k) low = std::min(low, index[k]), high = std::max(high, index[k]);
+  require(low >= 0 && high < end, what);
+}
+
+void op_pair_list(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor &positions = a.tensor(), &index = a.tensor(), &shifts = a.tensor(), &translations = a.tensor();
+  const double cutoff = a.real(), least = a.real();
+  const int64_t n = index.size(1), atoms = positions.size(0);
+  require(index.numel() == 2 * n && shifts.numel() == 3 * n && translations.numel() == 3 * n &&
+              positions.numel() == 3 * atoms,
+          "shapes of a pair list do not agree");
+  const int64_t* from = index.data<int64_t>("index");
+  inside(from, 2 * n, atoms, "a pair list names an atom that is not there");
+  Compaction list(n, positions.data<double>("positions"), from, translations.data<double>("translations"), cutoff,
+                  least, parallel);
+  const int64_t kept = list.n_kept;
+  Tensor to = Tensor::empty<int64_t>({2, kept}), moved = Tensor::empty<int64_t>({kept, 3}),
+         vectors = Tensor::empty<double>({kept, 3});
+  list.fill(shifts.data<int64_t>("shifts"), to.data<int64_t>("index"), moved.data<int64_t>("shifts"),
+            vectors.data<double>("vectors"));
+  stack[0] = to.release();
+  stack[1] = moved.release();
+  stack[2] = vectors.release();
+  stack[3] = StableIValue(list.overlap);
+}
+
+void op_sort_pairs(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor &receiver = a.tensor(), &sender = a.tensor(), &shifts = a.tensor();
+  const int64_t atoms = a.integer(), n = receiver.numel();
+  require(sender.numel() == n && shifts.numel() == 3 * n, "shapes of a pair list do not agree");
+  require(n < (int64_t(1) << 31), "more than 2^31 pairs");
+  const int64_t *i = receiver.data<int64_t>("receiver"), *j = sender.data<int64_t>("sender");
+  inside(i, n, atoms, "a receiver that is not there");
+  inside(j, n, atoms, "a sender that is not there");
+  Tensor index = Tensor::empty<int64_t>({2, n}), sorted = Tensor::empty<int64_t>({n, 3});
+  sort_pairs(n, atoms, i, j, shifts.data<int32_t>("shifts"), index.data<int64_t>("index"),
+             sorted.data<int64_t>("sorted"));
+  stack[0] = index.release();
+  stack[1] = sorted.release();
+}
+
+void op_sum_pairs(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor &vectors = a.tensor(), &gradient = a.tensor(), &pairs = a.tensor(), &system = a.tensor();
+  const int64_t systems = a.integer(), atoms = system.numel(), n = pairs.size(1);
+  require(pairs.numel() == 2 * n && vectors.numel() == 3 * n && gradient.numel() == 3 * n,
+          "shapes of pairs and their gradient do not agree");
+  const int64_t *index = pairs.data<int64_t>("pairs"), *of = system.data<int64_t>("system");
+  inside(index, 2 * n, atoms, "pairs name an atom that is not there");
+  inside(of, atoms, systems, "an atom of a structure that is not there");
+  Tensor forces = Tensor::empty<double>({atoms, 3}), virial = Tensor::empty<double>({systems, 3, 3});
+  const double* r = vectors.data<double>("vectors");
+  double *f = forces.data<double>("forces"), *w = virial.data<double>("virial");
+  if (gradient.is_float32())
+    sum_pairs(n, atoms, systems, r, gradient.data<float>("gradient"), index, of, f, w, parallel);
+  else
+    sum_pairs(n, atoms, systems, r, gradient.data<double>("gradient"), index, of, f, w, parallel);
+  stack[0] = forces.release();
+  stack[1] = virial.release();
+}
+
+struct Registration {
+  Registration() {
+    const Operator operators[] = {
+        {"pair_list", "Tensor positions, Tensor index, Tensor shifts, Tensor translations, float cutoff, float least",
+         "(Tensor, Tensor, Tensor, int)", op_pair_list},
+        {"sort_pairs", "Tensor receiver, Tensor sender, Tensor shifts, int atoms", "(Tensor, Tensor)", op_sort_pairs},
+        {"sum_pairs", "Tensor vectors, Tensor gradient, Tensor pairs, Tensor system_index, int systems",
+         "(Tensor, Tensor)", op_sum_pairs},
+    };
+    register_operators(operators);
+  }
+} registration;
+
+}  // namespace
+}  // namespace mdplug
