@@ -92,8 +92,7 @@ class Deployed(Model):
         out = self.potential.local(numbers, pairs, vectors, n, system_index, charge, spin, head)
         if self.long_range:
             out = self.potential.far(out, x, box, pbc, system_index, total_charge)
-        atom_energy = out["atom_energy"].to(torch.float64)
-        energy = torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, atom_energy)
+        energy = energy_of(out["atom_energy"], system_index, cell)
         grads = torch.jit.annotate(List[Optional[Tensor]], [None, None, None])
         if forces and energy.requires_grad:
             inputs = [vectors, x, box] if self.long_range else [vectors]
@@ -134,10 +133,17 @@ class Deployed(Model):
         dtype, n = self.dtype_of.dtype, numbers.shape[0]
         charge, spin = total_charge.to(dtype), total_spin.to(dtype)
         out = self.potential.local_with_gradient(numbers, pairs, r.to(dtype), n, system_index, charge, spin, head)
-        energy = torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, out["atom_energy"].to(cell.dtype))
+        energy = energy_of(out["atom_energy"], system_index, cell)
         out.update(forces_and_virial(r, out.pop("pair_gradient"), pairs, system_index, positions, cell))
         out["energy"] = energy
         return out
+
+
+def energy_of(atom_energy: Tensor, system_index: Tensor, cell: Tensor) -> Tensor:
+    """(S,) float64 eV: sums of atom energies (N,) over each structure. system_index: (N,). cell: (S, 3, 3)."""
+    if cell.shape[0] == 1:
+        return atom_energy.sum(dim=0, keepdim=True, dtype=torch.float64)
+    return torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, atom_energy.to(torch.float64))
 
 
 def forces_and_virial(

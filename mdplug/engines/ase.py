@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from mdplug.deployed import deploy, evaluate
+from mdplug.deployed import call, check_species, deploy
 from mdplug.pairs import PairList
 from mdplug.potential import Model, device_of
 from mdplug.system import AtomicSystem
@@ -20,6 +21,24 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 _INFO = ("charge", "spin")
+_ARRAYS = ("positions", "numbers", "initial_charges", "initial_magmoms")
+
+
+def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    # A third of the time of np.array_equal.
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and bool((one == other).all())
+
+
+def _changes(old: Atoms, new: Atoms, arrays: tuple[str, ...]) -> list[str]:
+    """Which of these arrays, "cell", "pbc", "charge" and "spin" differ, to the last bit."""
+    changes = [key for key in arrays if not _same(old.arrays.get(key), new.arrays.get(key))]
+    if not _same(old.cell.array, new.cell.array):
+        changes.append("cell")
+    if not _same(old.pbc, new.pbc):
+        changes.append("pbc")
+    return changes + [key for key in _INFO if old.info.get(key) != new.info.get(key)]
 
 
 class Calculator(AseCalculator):
@@ -49,6 +68,7 @@ class Calculator(AseCalculator):
         if "charge" in self.spec.outputs:
             self.implemented_properties.append("charges")
         self._pairs = PairList(self.spec.cutoff)
+        self._known: tuple[Atoms, AtomicSystem, np.ndarray] | None = None
         if not self.spec.conservative:
             warnings.warn(
                 f"potential {self.spec.name!r} is not conservative: its forces are not the slope of its energy",
@@ -56,11 +76,8 @@ class Calculator(AseCalculator):
             )
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """ASE's changes, and those of charge and spin in `atoms.info`, which ASE does not look at."""
-        changes: list[str] = super().check_state(atoms, tol)
-        if self.atoms is not None:
-            changes += [key for key in _INFO if self.atoms.info.get(key) != atoms.info.get(key)]
-        return changes
+        """What differs from the atoms of the results, to the last bit: ASE's names, and charge and spin of `info`."""
+        return list(all_changes) if self.atoms is None else _changes(self.atoms, atoms, _ARRAYS)
 
     def calculate(self, atoms: Atoms | None = None, properties: Any = None, system_changes: Any = all_changes) -> None:
         """Fill `results`.
@@ -70,25 +87,40 @@ class Calculator(AseCalculator):
         """
         super().calculate(atoms, properties or ["energy"], system_changes)
         current: Any = self.atoms
-        system = AtomicSystem.from_ase(current, device=self.device)
-        out = evaluate(self.potential, system, self._pairs.update(system))
-        energy = float(out.energy[0])
+        system, reference = self._system(current)
+        out = call(self.potential, system, self._pairs.update(system))
+        energy = float(out["energy"][0]) + float(reference.sum())
         results = {
             "energy": energy,
             "free_energy": energy,
-            "energies": out.atom_energy.cpu().numpy().astype(np.float64) + self._atomic_energies(current),
+            "energies": out["atom_energy"].cpu().numpy() + reference,
+            "forces": out["forces"].cpu().numpy(),
         }
-        if out.forces is not None:
-            results["forces"] = out.forces.cpu().numpy()
-        if out.stress is not None and current.pbc.all():
-            results["stress"] = full_3x3_to_voigt_6_stress(out.stress[0].cpu().numpy())
-        if "charge" in out.extras:
-            results["charges"] = out.extras["charge"].cpu().numpy().astype(np.float64)
+        if current.pbc.all():
+            stress = out["virial"][0].cpu().numpy() / -abs(np.linalg.det(current.cell.array))
+            results["stress"] = full_3x3_to_voigt_6_stress(stress)
+        if "charge" in out:
+            results["charges"] = out["charge"].cpu().numpy().astype(np.float64)
+        self._known = (current, system, reference)
         self.results = results
 
-    def _atomic_energies(self, atoms: Atoms) -> np.ndarray:
+    def _system(self, atoms: Atoms) -> tuple[AtomicSystem, np.ndarray]:
+        """The system, and the reference energy of each atom (N,) in eV: of the last one, what has not changed."""
+        if self._known is not None:
+            old, system, reference = self._known
+            changes = _changes(old, atoms, ("numbers",))
+            if changes in ([], ["cell"]):
+                tensors = {"positions": self._tensor(atoms.positions)}
+                if changes:
+                    tensors["cell"] = self._tensor(atoms.cell.array[None])
+                return system.with_(**tensors), reference
+        system = AtomicSystem.from_ase(atoms, device=self.device)
+        check_species(system.numbers, self.spec)
         table = self.spec.atomic_energies.get(self.spec.heads[self.potential.head or 0], {})
-        return np.array([table.get(symbol, 0.0) for symbol in atoms.get_chemical_symbols()])
+        return system, np.array([table.get(symbol, 0.0) for symbol in atoms.get_chemical_symbols()])
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(array, dtype=np.float64)).to(self.device)
 
     def todict(self, skip_default: bool = True) -> dict[str, Any]:
         """What ASE's writers store about the calculator."""

@@ -158,8 +158,8 @@ def test_every_change_is_noticed():
 
 def test_no_call_without_a_change_and_results_are_the_callers(lj, monkeypatch):
     calls = []
-    real = engine.evaluate
-    monkeypatch.setattr(engine, "evaluate", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = engine.call
+    monkeypatch.setattr(engine, "call", lambda *a, **k: calls.append(1) or real(*a, **k))
     atoms = argon(repeat=2)
     atoms.calc = Calculator(lj)
     atoms.get_forces()[:] = 0.0

@@ -77,6 +77,7 @@ class Plug:
         self.last: dict[str, Any] | None = None
         self._source = source
         self._wants_forces = True
+        self._known: tuple[AtomicSystem, np.ndarray | None] | None = None
         self._lock = threading.Lock()
         self._memo: deque[tuple[np.ndarray, np.ndarray | None, dict[str, Any]]] = deque(maxlen=MEMO)
         self._lists: deque[PairList] = deque(maxlen=LISTS)
@@ -166,12 +167,9 @@ class Plug:
         return result
 
     def _evaluate(self, positions: np.ndarray, box: np.ndarray | None, forces: bool) -> dict[str, Any]:
-        system = AtomicSystem.from_arrays(
-            self.numbers, positions, box, box is not None,
-            charge=self.options["charge"], spin=self.options["spin"], device=self._device,
-        )  # fmt: skip
-        pair_list = self._take_list(system)
-        pairs = pair_list.update(system)
+        system = self._system(positions, box)
+        pair_list, held = self._take_list(system)
+        pairs = pair_list.update(system, held)
         with self._lock:
             self._lists.append(pair_list)
             self.evaluations += 1
@@ -181,14 +179,30 @@ class Plug:
         result["virial"] = result["virial"][0].cpu().numpy() if forces else None
         return result
 
-    def _take_list(self, system: AtomicSystem) -> PairList:
-        """A pair list that holds for this system, out of reach of other threads; else a new one."""
+    def _system(self, positions: np.ndarray, box: np.ndarray | None) -> AtomicSystem:
+        """The atoms at these positions; of the last system, what has not changed."""
+        if self._known is None:
+            system = AtomicSystem.from_arrays(
+                self.numbers, positions, box, box is not None,
+                charge=self.options["charge"], spin=self.options["spin"], device=self._device,
+            )  # fmt: skip
+        else:
+            system, around = self._known
+            tensors = {"positions": torch.from_numpy(positions.copy()).to(self._device)}
+            if box is not None and not np.array_equal(box, around):
+                tensors["cell"] = torch.from_numpy(box[None].copy()).to(self._device)
+            system = system.with_(**tensors)
+        self._known = (system, box)
+        return system
+
+    def _take_list(self, system: AtomicSystem) -> tuple[PairList, bool]:
+        """A pair list that holds for this system, out of reach of other threads, or else a new one; which it is."""
         with self._lock:
             for k, candidate in enumerate(self._lists):
                 if candidate.holds(system):
                     del self._lists[k]
-                    return candidate
-        return PairList(self.potential.spec.cutoff, skin=self.options["skin_A"])
+                    return candidate, True
+        return PairList(self.potential.spec.cutoff, skin=self.options["skin_A"]), False
 
     def _save(self, positions: np.ndarray, box: np.ndarray | None) -> None:
         if self.options["bad_frame"] is not None:

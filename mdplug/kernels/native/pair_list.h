@@ -26,22 +26,29 @@ struct Compaction {
   // positions (N, 3); index (2, n) receiver and sender; translations (n, 3).
   Compaction(int64_t n, const double* positions, const int64_t* index, const double* translations, double cutoff,
              double least, Parallel parallel)
-      : n(n), pieces((n + PIECE - 1) / PIECE), positions_(positions), index_(index), translations_(translations),
-        parallel_(parallel), kept_(n), counts_(pieces, 0) {
+      : n(n), pieces((n + PIECE - 1) / PIECE), source_{n, positions, index, translations}, parallel_(parallel),
+        kept_(n), counts_(pieces, 0) {
     std::vector<int64_t> close(pieces, -1);
     const double square = cutoff * cutoff, tiny = least * least;
     auto body = [&](int64_t piece) {
       const int64_t begin = piece * PIECE, end = std::min(n, begin + PIECE);
+      const Source at = source_;
+      int32_t* kept = kept_.data() + begin;
       int64_t count = 0;
+      double least_square = square;
       for (int64_t e = begin; e < end; ++e) {
-        double v[3];
-        vector(e, v);
-        const double s = v[0] * v[0] + v[1] * v[1] + v[2] * v[2];
-        kept_[begin + count] = int32_t(e - begin);  // written always, counted where it stays: no branch
-        count += s < square;
-        if (s < tiny && close[piece] < 0) close[piece] = e;
+        const Vector v = at.vector(e);
+        const double s = v.x * v.x + v.y * v.y + v.z * v.z;
+        kept[count] = int32_t(e - begin);  // written always, counted where it stays: no branch
+        count += int64_t(s < square);
+        least_square = std::min(least_square, s);
       }
       counts_[piece] = count;
+      if (least_square < tiny)
+        for (int64_t e = end - 1; e >= begin; --e) {
+          const Vector v = at.vector(e);
+          if (v.x * v.x + v.y * v.y + v.z * v.z < tiny) close[piece] = e;
+        }
     };
     in_pieces(pieces, parallel, body);
     for (int64_t p = 0; p < pieces; ++p) {
@@ -55,25 +62,36 @@ struct Compaction {
     std::vector<int64_t> first(pieces + 1, 0);
     for (int64_t p = 0; p < pieces; ++p) first[p + 1] = first[p] + counts_[p];
     auto body = [&](int64_t piece) {
-      for (int64_t k = 0, q = first[piece]; k < counts_[piece]; ++k, ++q) {
-        const int64_t e = piece * PIECE + kept_[piece * PIECE + k];
-        index[q] = index_[e];
-        index[n_kept + q] = index_[n + e];
+      const Source at = source_;
+      const int32_t* kept = kept_.data() + piece * PIECE;
+      const int64_t count = counts_[piece], q0 = first[piece], all = n_kept;
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t e = piece * PIECE + kept[k], q = q0 + k;
+        const Vector v = at.vector(e);
+        index[q] = at.index[e];
+        index[all + q] = at.index[at.n + e];
         std::memcpy(kept_shifts + 3 * q, shifts + 3 * e, 3 * sizeof(int64_t));
-        vector(e, vectors + 3 * q);
+        std::memcpy(vectors + 3 * q, &v, sizeof v);
       }
     };
     in_pieces(pieces, parallel_, body);
   }
 
  private:
-  void vector(int64_t e, double* v) const {
-    const double *i = positions_ + 3 * index_[e], *j = positions_ + 3 * index_[n + e], *t = translations_ + 3 * e;
-    for (int a = 0; a < 3; ++a) v[a] = j[a] - i[a] + t[a];
-  }
-  const double* positions_;
-  const int64_t* index_;
-  const double* translations_;
+  struct Vector {
+    double x, y, z;
+  };
+  struct Source {
+    int64_t n;
+    const double* positions;
+    const int64_t* index;
+    const double* translations;
+    Vector vector(int64_t e) const {
+      const double *i = positions + 3 * index[e], *j = positions + 3 * index[n + e], *t = translations + 3 * e;
+      return {j[0] - i[0] + t[0], j[1] - i[1] + t[1], j[2] - i[2] + t[2]};
+    }
+  };
+  const Source source_;
   Parallel parallel_;
   std::vector<int32_t> kept_;
   std::vector<int64_t> counts_;
@@ -128,11 +146,15 @@ void sum_pairs(int64_t n, int64_t atoms, int64_t systems, const double* vectors,
       double own[3] = {0, 0, 0}, w[9] = {0, 0, 0, 0, 0, 0, 0, 0, 0};
       for (; e < end && pairs[e] == i; ++e) {
         double* other = f + 3 * pairs[n + e];
+        const double *r = vectors + 3 * e, x = r[0], y = r[1], z = r[2];
+#pragma GCC unroll 3
         for (int b = 0; b < 3; ++b) {
           const double g = double(gradient[3 * e + b]);
           own[b] += g;
           other[b] -= g;
-          for (int a = 0; a < 3; ++a) w[3 * a + b] += vectors[3 * e + a] * g;
+          w[b] += x * g;
+          w[3 + b] += y * g;
+          w[6 + b] += z * g;
         }
       }
       for (int b = 0; b < 3; ++b) f[3 * i + b] += own[b];

@@ -11,9 +11,9 @@ void require(bool fits, const char* what) {
 
 // Indices are followed into memory here: none may point outside.
 void inside(const int64_t* index, int64_t n, int64_t end, const char* what) {
-  int64_t low = 0, high = -1;
-  for (int64_t k = 0; k < n; ++k) low = std::min(low, index[k]), high = std::max(high, index[k]);
-  require(low >= 0 && high < end, what);
+  bool fits = true;
+  for (int64_t k = 0; k < n; ++k) fits &= uint64_t(index[k]) < uint64_t(end);
+  require(fits, what);
 }
 
 void op_pair_list(StableIValue* stack, uint64_t, uint64_t) {
