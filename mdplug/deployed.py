@@ -100,7 +100,8 @@ class Deployed(Model):
         torch.set_grad_enabled(grad_mode or create_graph)
         result: Dict[str, Tensor] = {}
         if forces:
-            direct = forces_and_virial(r, zeros_if_none(grads[0], vectors), pairs, system_index, positions, cell)
+            gradient = zeros_if_none(grads[0], vectors)
+            direct = totals(r, gradient, pairs, out["atom_energy"].detach(), system_index, positions, cell)
             force, virial = direct["forces"], direct["virial"]
             if self.long_range:
                 dx, dbox = zeros_if_none(grads[1], x), zeros_if_none(grads[2], box)
@@ -133,33 +134,39 @@ class Deployed(Model):
         dtype, n = self.dtype_of.dtype, numbers.shape[0]
         charge, spin = total_charge.to(dtype), total_spin.to(dtype)
         out = self.potential.local_with_gradient(numbers, pairs, r.to(dtype), n, system_index, charge, spin, head)
-        energy = energy_of(out["atom_energy"], system_index, cell)
-        out.update(forces_and_virial(r, out.pop("pair_gradient"), pairs, system_index, positions, cell))
-        out["energy"] = energy
+        gradient = out.pop("pair_gradient")
+        out.update(totals(r, gradient, pairs, out["atom_energy"], system_index, positions, cell))
         return out
 
 
 def energy_of(atom_energy: Tensor, system_index: Tensor, cell: Tensor) -> Tensor:
     """(S,) float64 eV: sums of atom energies (N,) over each structure. system_index: (N,). cell: (S, 3, 3)."""
-    if cell.shape[0] == 1:
-        return atom_energy.sum(dim=0, keepdim=True, dtype=torch.float64)
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops the branch)
+        if kernels.serves(atom_energy) and not atom_energy.requires_grad:
+            return torch.ops.mdplug.sum_atoms.default(atom_energy.contiguous(), system_index, cell.shape[0])
     return torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, atom_energy.to(torch.float64))
 
 
-def forces_and_virial(
-    r: Tensor, pair_gradient: Tensor, pairs: Tensor, system_index: Tensor, positions: Tensor, cell: Tensor
+def totals(
+    r: Tensor,
+    pair_gradient: Tensor,
+    pairs: Tensor,
+    atom_energy: Tensor,
+    system_index: Tensor,
+    positions: Tensor,
+    cell: Tensor,
 ) -> Dict[str, Tensor]:
-    """The one scatter of dE/d(vectors): "forces" (N, 3) eV/A and the symmetric "virial" (S, 3, 3) eV, float64.
+    """The one scatter of dE/d(vectors): "forces" (N, 3) eV/A and symmetric "virial" (S, 3, 3) eV; "energy" (S,) eV.
 
     Args:
-        r: (E, 3) float64 A. pair_gradient: (E, 3) eV/A. pairs: (2, E). system_index: (N,). positions: (N, 3).
-        cell: (S, 3, 3).
+        r: (E, 3) float64 A. pair_gradient: (E, 3) eV/A. pairs: (2, E). atom_energy: (N,) eV. system_index: (N,).
+        positions: (N, 3). cell: (S, 3, 3).
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops the branch)
         if kernels.serves(r) and not pair_gradient.requires_grad:
-            arguments = (r.contiguous(), pair_gradient.contiguous(), pairs.contiguous(), system_index, cell.shape[0])
-            summed = torch.ops.mdplug.sum_pairs(*arguments)
-            return {"forces": summed[0], "virial": summed[1]}
+            of = (r, pair_gradient, pairs, atom_energy, system_index)
+            summed = torch.ops.mdplug.sum_pairs.default(*[one.contiguous() for one in of], cell.shape[0])
+            return {"energy": summed[0], "forces": summed[1], "virial": summed[2]}
     gradient = pair_gradient.to(torch.float64)
     force = torch.zeros_like(positions).index_add(0, pairs[0], gradient)
     force = force.index_add(0, pairs[1], -gradient)
@@ -168,7 +175,8 @@ def forces_and_virial(
     else:
         outer = r.unsqueeze(2) * gradient.unsqueeze(1)
         virial = torch.zeros_like(cell).index_add(0, system_index[pairs[0]], outer)
-    return {"forces": force, "virial": -0.5 * (virial + virial.transpose(1, 2))}
+    virial = -0.5 * (virial + virial.transpose(1, 2))
+    return {"energy": energy_of(atom_energy, system_index, cell), "forces": force, "virial": virial}
 
 
 def zeros_if_none(grad: Optional[Tensor], like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ skin list was built. CPU lists come from vesin; other devices (and exported file
 compaction have native forms (mdplug/kernels); what stands here in torch is their definition.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -135,55 +136,67 @@ class PairList:
     _reference: AtomicSystem | None = field(default=None, repr=False)
     _candidates: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
 
-    def update(self, system: AtomicSystem, held: bool | None = None) -> Pairs:
+    def update(self, system: AtomicSystem) -> Pairs:
         """The pairs of `system` within the cutoff.
-
-        Args:
-            held: what `holds` has just said of it; None: asked here.
 
         Raises:
             InputError: two atoms on one point.
         """
-        if held is None:
-            held = self.holds(system)
-        if self._candidates is None or not held:
+        found = self.reuse(system)
+        if found is None:
             index, shifts = _found(system, self.cutoff + self.skin)
             self._candidates = (index, shifts, translations(system, index, shifts))
             self._reference = system
             self.builds += 1
-        return within(system, *self._candidates, self.cutoff)
+            found = within(system, system, *self._candidates, self.cutoff, math.inf)
+            assert found is not None
+        return found
 
-    def holds(self, system: AtomicSystem) -> bool:
-        """Whether the stored candidates still contain every pair of `system`."""
+    def reuse(self, system: AtomicSystem) -> Pairs | None:
+        """As `update`, but None where the stored candidates need not contain every pair of `system` any more."""
         old = self._reference
-        if old is None or self.skin <= 0 or old.numbers.shape != system.numbers.shape:
-            return False
+        if self._candidates is None or old is None or self.skin <= 0 or old.numbers.shape != system.numbers.shape:
+            return None
         if old.positions.device != system.positions.device or old.cell.shape != system.cell.shape:
-            return False
+            return None
         for name in ("numbers", "cell", "pbc", "system_index"):
             mine, its = getattr(old, name), getattr(system, name)
             if mine is not its and not torch.equal(mine, its):
-                return False
-        moved = (system.positions - old.positions).square_().sum(dim=1).max()
-        return float(moved) < (0.5 * self.skin) ** 2
+                return None
+        return within(system, old, *self._candidates, self.cutoff, 0.5 * self.skin)
 
 
-def within(system: AtomicSystem, index: Tensor, shifts: Tensor, translation: Tensor, cutoff: float) -> Pairs:
+def within(
+    system: AtomicSystem,
+    reference: AtomicSystem,
+    index: Tensor,
+    shifts: Tensor,
+    translation: Tensor,
+    cutoff: float,
+    most: float,
+) -> Pairs | None:
     """Those of some candidates that are closer than `cutoff` at the positions of `system`, in their order.
 
     Args:
-        index: (2, E). shifts: (E, 3). translation: (E, 3) float64 A, see `translations`. cutoff: A.
+        reference: the same atoms when the candidates were found. index: (2, E). shifts: (E, 3).
+        translation: (E, 3) float64 A, see `translations`. cutoff: A. most: A.
+
+    Returns:
+        None where an atom has moved by `most` or more since.
 
     Raises:
         InputError: two atoms on one point.
     """
-    x = system.positions
+    x, start = system.positions, reference.positions
     if kernels.serves(x):
-        *kept, overlap = torch.ops.mdplug.pair_list(x.contiguous(), index, shifts, translation, cutoff, OVERLAP)
+        of = (x.contiguous(), start.contiguous(), index, shifts, translation, cutoff, OVERLAP, most)
+        inside, there, vectors, overlap, holds = torch.ops.mdplug.pair_list.default(*of)
         if overlap >= 0:
             raise _overlap(index[:, overlap])
-        return Pairs(*kept, system)
+        return Pairs(inside, there, vectors, system) if holds else None
+    if not float((x - start).square().sum(dim=1).max()) < most * most:
+        return None
     vectors = x.index_select(0, index[1]) - x.index_select(0, index[0]) + translation
     keep = (vectors.square().sum(dim=1) < cutoff * cutoff).nonzero().squeeze(1)
-    inside = vectors.index_select(0, keep)
-    return _checked(Pairs(index.index_select(1, keep), shifts.index_select(0, keep), inside, system))
+    vectors = vectors.index_select(0, keep)
+    return _checked(Pairs(index.index_select(1, keep), shifts.index_select(0, keep), vectors, system))

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from ase.calculators.calculator import Calculator as AseCalculator
 from ase.calculators.calculator import all_changes
-from ase.stress import full_3x3_to_voigt_6_stress
 
 from mdplug.deployed import call, check_species, deploy
 from mdplug.pairs import PairList
@@ -21,24 +20,15 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 _INFO = ("charge", "spin")
+_VOIGT = [0, 4, 8, 5, 2, 1]  # xx yy zz yz xz xy in a flat matrix
 _ARRAYS = ("positions", "numbers", "initial_charges", "initial_magmoms")
 
 
 def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
-    # A third of the time of np.array_equal.
+    # To the last bit, and a small part of the time of np.array_equal.
     if one is None or other is None:
         return one is other
-    return one.shape == other.shape and bool((one == other).all())
-
-
-def _changes(old: Atoms, new: Atoms, arrays: tuple[str, ...]) -> list[str]:
-    """Which of these arrays, "cell", "pbc", "charge" and "spin" differ, to the last bit."""
-    changes = [key for key in arrays if not _same(old.arrays.get(key), new.arrays.get(key))]
-    if not _same(old.cell.array, new.cell.array):
-        changes.append("cell")
-    if not _same(old.pbc, new.pbc):
-        changes.append("pbc")
-    return changes + [key for key in _INFO if old.info.get(key) != new.info.get(key)]
+    return one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
 class Calculator(AseCalculator):
@@ -68,7 +58,7 @@ class Calculator(AseCalculator):
         if "charge" in self.spec.outputs:
             self.implemented_properties.append("charges")
         self._pairs = PairList(self.spec.cutoff)
-        self._known: tuple[Atoms, AtomicSystem, np.ndarray] | None = None
+        self._known: tuple[tuple[Any, ...], bytes, AtomicSystem, np.ndarray, float, float] | None = None
         if not self.spec.conservative:
             warnings.warn(
                 f"potential {self.spec.name!r} is not conservative: its forces are not the slope of its energy",
@@ -77,7 +67,15 @@ class Calculator(AseCalculator):
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What differs from the atoms of the results, to the last bit: ASE's names, and charge and spin of `info`."""
-        return list(all_changes) if self.atoms is None else _changes(self.atoms, atoms, _ARRAYS)
+        mine = self.atoms
+        if mine is None or len(mine) != len(atoms):
+            return list(all_changes)
+        changes = [key for key in _ARRAYS if not _same(mine.arrays.get(key), atoms.arrays.get(key))]
+        if not _same(mine.cell.array, atoms.cell.array):
+            changes.append("cell")
+        if not _same(mine.pbc, atoms.pbc):
+            changes.append("pbc")
+        return changes + [key for key in _INFO if mine.info.get(key) != atoms.info.get(key)]
 
     def calculate(self, atoms: Atoms | None = None, properties: Any = None, system_changes: Any = all_changes) -> None:
         """Fill `results`.
@@ -85,11 +83,12 @@ class Calculator(AseCalculator):
         Raises:
             InputError: NaN positions, an element the potential does not know, a periodic direction without a cell.
         """
-        super().calculate(atoms, properties or ["energy"], system_changes)
+        if atoms is not None:
+            self.atoms = atoms.copy()
         current: Any = self.atoms
-        system, reference = self._system(current)
+        system, reference, total, volume = self._system(current)
         out = call(self.potential, system, self._pairs.update(system))
-        energy = float(out["energy"][0]) + float(reference.sum())
+        energy = float(out["energy"]) + total
         results = {
             "energy": energy,
             "free_energy": energy,
@@ -97,27 +96,33 @@ class Calculator(AseCalculator):
             "forces": out["forces"].cpu().numpy(),
         }
         if current.pbc.all():
-            stress = out["virial"][0].cpu().numpy() / -abs(np.linalg.det(current.cell.array))
-            results["stress"] = full_3x3_to_voigt_6_stress(stress)
+            results["stress"] = out["virial"].cpu().numpy().reshape(9)[_VOIGT] / -volume
         if "charge" in out:
             results["charges"] = out["charge"].cpu().numpy().astype(np.float64)
-        self._known = (current, system, reference)
         self.results = results
 
-    def _system(self, atoms: Atoms) -> tuple[AtomicSystem, np.ndarray]:
-        """The system, and the reference energy of each atom (N,) in eV: of the last one, what has not changed."""
-        if self._known is not None:
-            old, system, reference = self._known
-            changes = _changes(old, atoms, ("numbers",))
-            if changes in ([], ["cell"]):
-                tensors = {"positions": self._tensor(atoms.positions)}
-                if changes:
-                    tensors["cell"] = self._tensor(atoms.cell.array[None])
-                return system.with_(**tensors), reference
-        system = AtomicSystem.from_ase(atoms, device=self.device)
-        check_species(system.numbers, self.spec)
-        table = self.spec.atomic_energies.get(self.spec.heads[self.potential.head or 0], {})
-        return system, np.array([table.get(symbol, 0.0) for symbol in atoms.get_chemical_symbols()])
+    def _system(self, atoms: Atoms) -> tuple[AtomicSystem, np.ndarray, float, float]:
+        """The system, reference energy of each atom (N,) and their sum in eV, volume in A^3.
+
+        What has not changed since the last one is taken from there.
+        """
+        key = (atoms.numbers.tobytes(), atoms.pbc.tobytes(), *(atoms.info.get(name) for name in _INFO))
+        cell = atoms.cell.array.tobytes()
+        if self._known is not None and key == self._known[0]:
+            _, box, system, reference, total, volume = self._known
+            changed = {"positions": self._tensor(atoms.positions)}
+            if cell != box:
+                changed["cell"] = self._tensor(atoms.cell.array[None])
+                volume = float(abs(np.linalg.det(atoms.cell.array)))
+            system = system.with_(**changed)
+        else:
+            system = AtomicSystem.from_ase(atoms, device=self.device)
+            check_species(system.numbers, self.spec)
+            table = self.spec.atomic_energies.get(self.spec.heads[self.potential.head or 0], {})
+            reference = np.array([table.get(symbol, 0.0) for symbol in atoms.get_chemical_symbols()])
+            total, volume = float(reference.sum()), float(abs(np.linalg.det(atoms.cell.array)))
+        self._known = (key, cell, system, reference, total, volume)
+        return system, reference, total, volume
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.array(array, dtype=np.float64)).to(self.device)

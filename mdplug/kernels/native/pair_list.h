@@ -17,6 +17,24 @@ void in_pieces(int64_t pieces, Parallel parallel, F& body) {
   }, &body);
 }
 
+// Largest squared distance between two sets of positions (3 n numbers); NaN where one is not finite.
+inline double largest_move(int64_t n, const double* a, const double* b) {
+  double most = 0.0, sum = 0.0;
+  for (int64_t k = 0; k < 3 * n; k += 3) {
+    const double x = a[k] - b[k], y = a[k + 1] - b[k + 1], z = a[k + 2] - b[k + 2], s = x * x + y * y + z * z;
+    most = std::max(most, s);
+    sum += s;  // a comparison would lose NaN
+  }
+  return sum == sum ? most : sum;
+}
+
+// Sums of atom energies over structures, in the order of the atoms.
+template <class T>
+void sum_atoms(int64_t atoms, int64_t systems, const T* values, const int64_t* system, double* sums) {
+  std::fill(sums, sums + systems, 0.0);
+  for (int64_t i = 0; i < atoms; ++i) sums[system[i]] += double(values[i]);
+}
+
 // Candidates whose distance at present positions is below the cutoff, in their order.
 struct Compaction {
   static constexpr int64_t PIECE = 1 << 15;
