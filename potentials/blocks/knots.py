@@ -69,7 +69,7 @@ def depends_on_species(radial: Any) -> bool:
     return not (all(isinstance(net, PlainNet) for net in radial.nets) and isinstance(radial.transform, NoTransform))
 
 
-def slopes(radial: Any, r: Tensor, kinds: List[Tuple[int, int]]) -> List[Tensor]:
+def sampled(radial: Any, r: Tensor, kinds: List[Tuple[int, int]]) -> List[Tensor]:
     """Columns of each layer and their derivatives, (kinds, points, 2, columns), float64; see `derivatives`."""
     with torch.enable_grad():  # tables may be made in the middle of an evaluation
         found = sample(radial, r, kinds, len(radial.nets))
@@ -84,7 +84,7 @@ def derivatives(radial: Any, r: Tensor, kinds: List[Tuple[int, int]]) -> List[Te
     """
     small = 1e-4  # A; central differences of exact slopes are good to 1e-8, and robust for any net
     out = []
-    for both in slopes(radial, torch.cat([r, r - small, r + small]), kinds):
+    for both in sampled(radial, torch.cat([r, r - small, r + small]), kinds):
         here, before, after = both.chunk(3, dim=1)
         out.append(torch.cat([here, (after[:, :, 1:] - before[:, :, 1:]) / (2 * small)], dim=2))
     return out
@@ -117,7 +117,7 @@ def make_tables(model: Any, species: Tuple[int, ...], tolerance: float = 1e-5) -
         for kind, (a, b) in enumerate(kinds):
             kind_of[a, b] = kind
     fine = torch.linspace(ERROR_FROM, model.cutoff, FINE, dtype=torch.float64)
-    truth = slopes(exact, fine, kinds)
+    truth = sampled(exact, fine, kinds)
     # What the columns become in the messages, in few numbers: same norms, far fewer columns to compare.
     triangles = [torch.linalg.qr(w.flatten(1).t()).R.t() for w in weights]
     intervals = 32
@@ -173,7 +173,7 @@ def _density_spline(
     fine = torch.linspace(ERROR_FROM, cutoff, FINE, dtype=torch.float64)
 
     def last(r: Tensor) -> Tensor:
-        found = slopes(exact, r, kinds)
+        found = sampled(exact, r, kinds)
         return torch.cat([f[..., -1:] for f, net in zip(found, exact.nets, strict=True) if net.has_density], dim=3)
 
     truth = last(fine)[:, :, 1]
