@@ -1,8 +1,8 @@
 """Pairs: the full directed neighbour list, i receives and j sends, r_ij = r_j - r_i + shift.
 
 Sorted by (i, j, shift) and compacted to the cutoff at every evaluation, so that a result never depends on when a
-skin list was built. CPU lists come from vesin; other devices (and exported files) use the torch cell list. Sorting and
-compaction have native forms (mdplug/kernels); what stands here in torch is their definition.
+skin list was built. On the CPU, native operators find and compact (mdplug/kernels); without them vesin finds and torch
+compacts. Other devices (and exported files) use the torch cell list.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from mdplug import kernels
 from mdplug.errors import InputError
 from mdplug.pairs_torch import torch_pairs
-from mdplug.system import AtomicSystem
+from mdplug.system import AtomicSystem, filled_cell
 
 OVERLAP = 1e-6  # A; closer than this no direction is defined
 
@@ -75,7 +75,10 @@ def _found(system: AtomicSystem, cutoff: float) -> tuple[Tensor, Tensor]:
     """Sorted index (2, E) and shifts (E, 3) of the pairs closer than `cutoff`."""
     if not cutoff > 0:
         raise InputError(f"cutoff must be positive, got {cutoff} A")
-    find = _vesin_pairs if system.positions.device.type == "cpu" else torch_pairs
+    if system.positions.device.type != "cpu":
+        find = torch_pairs
+    else:
+        find = _native_pairs if kernels.serves(system.positions) else _vesin_pairs
     if system.n_systems == 1:
         return find(system.positions, system.cell[0], system.pbc[0], cutoff)
     lists, offset = [], 0
@@ -101,6 +104,14 @@ def _overlap(pair: Tensor) -> InputError:
     return InputError(f"atoms {i} and {j} sit on the same point; move or remove one of them")
 
 
+def _native_pairs(positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
+    periodic = sum(1 << k for k, wraps in enumerate(pbc.tolist()) if wraps)
+    # The cell of an open system may be anything, a flat one included.
+    box = filled_cell(cell.unsqueeze(0))[0] if periodic else torch.eye(3, dtype=torch.float64)
+    inverse = torch.linalg.inv(box).contiguous()
+    return torch.ops.mdplug.cell_list(positions.contiguous(), box.contiguous(), inverse, periodic, cutoff)
+
+
 def _vesin_pairs(positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
     from vesin import NeighborList
 
@@ -108,16 +119,9 @@ def _vesin_pairs(positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float) ->
     i, j, s = finder.compute(
         points=positions.numpy(), box=cell.numpy(), periodic=pbc.numpy(), quantities="ijS", copy=True
     )
-    return _sorted(i.astype(np.int64, copy=False), j.astype(np.int64, copy=False), s.reshape(-1, 3), len(positions))
-
-
-def _sorted(i: np.ndarray, j: np.ndarray, s: np.ndarray, n_atoms: int) -> tuple[Tensor, Tensor]:
-    """Receivers i, senders j and shifts s in the order (i, j, shift): index (2, E) and shifts (E, 3), int64."""
-    if kernels.serves(torch.empty(0)):
-        three = (torch.from_numpy(one) for one in (i, j, np.ascontiguousarray(s, dtype=np.int32)))
-        return torch.ops.mdplug.sort_pairs(*three, n_atoms)
+    i, j, s = i.astype(np.int64), j.astype(np.int64), s.astype(np.int64).reshape(-1, 3)
     order = np.lexsort((s[:, 2], s[:, 1], s[:, 0], j, i))
-    return torch.from_numpy(np.stack((i[order], j[order]))), torch.from_numpy(s[order].astype(np.int64))
+    return torch.from_numpy(np.stack((i[order], j[order]))), torch.from_numpy(s[order])
 
 
 @dataclass

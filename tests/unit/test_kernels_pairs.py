@@ -11,7 +11,7 @@ from mace_models import box, build
 from mdplug import kernels
 from mdplug.deployed import evaluate, totals
 from mdplug.errors import InputError
-from mdplug.pairs import PairList, _sorted, translations, within
+from mdplug.pairs import PairList, translations, within
 from mdplug.pairs import pairs as find
 from mdplug.potentials.mace_kernels import KernelMACE
 from mdplug.system import AtomicSystem, batch
@@ -113,14 +113,35 @@ def test_overlap_is_named(native, monkeypatch):
         kept.update(system.with_(positions=x))
 
 
-@pytest.mark.parametrize(("n", "atoms"), [(0, 1), (1, 1), (50, 1), (400, 7), (5000, 90)])
-def test_order_of_pairs(n, atoms, in_torch):
-    rng = np.random.default_rng(n)
-    i, j, s = rng.integers(0, atoms, n), rng.integers(0, atoms, n), rng.integers(-2, 3, (n, 3)).astype(np.int32)
-    got, wanted = _sorted(i, j, s, atoms), in_torch(lambda: _sorted(i, j, s, atoms))
-    assert got[0].shape == (2, n)
-    for one, other in zip(got, wanted, strict=True):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize("name", list(SYSTEMS))
+@pytest.mark.parametrize("cutoff", [0.7, 4.0, 9.0])
+def test_finding(name, cutoff, in_torch, on_threads):
+    """The same list as vesin's, in the same order; atoms far outside the cell included."""
+    system = SYSTEMS[name]()
+    if cutoff > 5.0 and system.n_atoms > 100:
+        pytest.skip("large")
+    jumps = np.random.default_rng(5).integers(-3, 4, (system.n_atoms, 3)) * system.pbc[system.system_index].numpy()
+    away = torch.einsum("nk,nka->na", torch.from_numpy(jumps).double(), system.cell[system.system_index])
+    for one in (system, system.with_(positions=system.positions + away)):
+        wanted = in_torch(lambda one=one: find(one, cutoff))
+        for got in on_threads(lambda one=one: find(one, cutoff)):
+            assert torch.equal(got.index, wanted.index)
+            assert torch.equal(got.shifts, wanted.shifts)
+
+
+def test_finding_in_odd_places():
+    """All atoms in a plane, on a line, very far apart; a flat cell that nothing is periodic in."""
+    rng = np.random.default_rng(0)
+    x = 4 * rng.random((12, 3))
+    flat = [[1.0, 0, 0], [2.0, 0, 0], [0, 0, 1.0]]
+    cases = [(x * [1, 1, 0], None), (x * [0, 1, 0], None), (x * [1, 1, 1e7], None), (x, flat), (x[:1], None)]
+    for positions, cell in cases:
+        got = find(AtomicSystem.from_arrays([1] * len(positions), positions, cell, False), 3.0)
+        r = np.linalg.norm(positions[:, None] - positions, axis=2) + 9 * np.eye(len(positions))
+        assert got.index.T.tolist() == np.argwhere(r < 3.0).tolist()
+        assert not got.shifts.any()
+    with pytest.raises(RuntimeError, match="too many cells away"):
+        find(AtomicSystem.from_arrays([1], [[1e12, 0, 0]], np.eye(3), True), 3.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -160,8 +181,6 @@ def test_wrong_arguments_are_refused():
             ops.pair_list(x, x, index, one, t, 4.0, 1e-6, 1.0)
         with pytest.raises(RuntimeError, match="not there"):
             ops.sum_pairs(t, t, index, x[:, 0].clone(), torch.zeros(2, dtype=torch.int64), 1)
-        with pytest.raises(RuntimeError, match="not there"):
-            ops.sort_pairs(index[0].clone(), index[1].clone(), one.to(torch.int32), 2)
     good = torch.tensor([[0], [1]])
     with pytest.raises(RuntimeError, match="do not agree"):
         ops.pair_list(x, x[:1], good, one, t, 4.0, 1e-6, 1.0)

@@ -1,5 +1,5 @@
-// Pairs of the MD loop around the model: candidates of a skin list cut down to the cutoff, candidates put in order, and
-// what forces and virial are summed from. Sums are split in pieces that do not depend on how many threads there are.
+// The MD loop around the model: candidates of a skin list cut down to the cutoff, and the sums of energies, forces and
+// virial. Sums are split in pieces that do not depend on how many threads there are.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -114,37 +114,6 @@ struct Compaction {
   std::vector<int32_t> kept_;
   std::vector<int64_t> counts_;
 };
-
-// Pairs by receiver, sender, shift: two stable counting sorts, then the few images of one pair among themselves.
-inline void sort_pairs(int64_t n, int64_t atoms, const int64_t* receiver, const int64_t* sender, const int32_t* shifts,
-                       int64_t* index, int64_t* sorted_shifts) {
-  std::vector<int32_t> by_sender(n), order(n);
-  std::vector<int64_t> at(atoms + 1, 0);
-  auto starts = [&](const int64_t* key) {
-    std::fill(at.begin(), at.end(), 0);
-    for (int64_t e = 0; e < n; ++e) ++at[key[e] + 1];
-    for (int64_t a = 0; a < atoms; ++a) at[a + 1] += at[a];
-  };
-  starts(sender);
-  for (int64_t e = 0; e < n; ++e) by_sender[at[sender[e]]++] = int32_t(e);
-  starts(receiver);
-  for (int64_t e = 0; e < n; ++e) order[at[receiver[by_sender[e]]]++] = by_sender[e];
-  auto earlier = [&](int32_t a, int32_t b) {
-    return std::lexicographical_compare(shifts + 3 * a, shifts + 3 * a + 3, shifts + 3 * b, shifts + 3 * b + 3);
-  };
-  for (int64_t begin = 0, end; begin < n; begin = end) {
-    const int32_t e = order[begin];
-    for (end = begin + 1; end < n && receiver[order[end]] == receiver[e] && sender[order[end]] == sender[e]; ++end) {
-    }
-    if (end - begin > 1) std::sort(order.begin() + begin, order.begin() + end, earlier);
-  }
-  for (int64_t q = 0; q < n; ++q) {
-    const int32_t e = order[q];
-    index[q] = receiver[e];
-    index[n + q] = sender[e];
-    for (int a = 0; a < 3; ++a) sorted_shifts[3 * q + a] = shifts[3 * int64_t(e) + a];
-  }
-}
 
 // forces (N, 3) = sum over pairs of +gradient at the receiver and -gradient at the sender; virial (S, 3, 3), symmetric,
 // = -sum of r (x) gradient. vectors (n, 3); gradient (n, 3); pairs (2, n); system (N) of each atom.

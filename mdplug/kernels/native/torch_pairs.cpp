@@ -1,4 +1,5 @@
 // The MD loop's pair list and sums as operators of torch, namespace mdplug; see ../README.md.
+#include "cell_list.h"
 #include "pair_list.h"
 #include "torch_shim.h"
 
@@ -45,20 +46,20 @@ void op_pair_list(StableIValue* stack, uint64_t, uint64_t) {
   stack[4] = StableIValue(int64_t(holds));
 }
 
-void op_sort_pairs(StableIValue* stack, uint64_t, uint64_t) {
+void op_cell_list(StableIValue* stack, uint64_t, uint64_t) {
   Arguments a(stack);
-  Tensor &receiver = a.tensor(), &sender = a.tensor(), &shifts = a.tensor();
-  const int64_t atoms = a.integer(), n = receiver.numel();
-  require(sender.numel() == n && shifts.numel() == 3 * n, "shapes of a pair list do not agree");
-  require(n < (int64_t(1) << 31), "more than 2^31 pairs");
-  const int64_t *i = receiver.data<int64_t>("receiver"), *j = sender.data<int64_t>("sender");
-  inside(i, n, atoms, "a receiver that is not there");
-  inside(j, n, atoms, "a sender that is not there");
-  Tensor index = Tensor::empty<int64_t>({2, n}), sorted = Tensor::empty<int64_t>({n, 3});
-  sort_pairs(n, atoms, i, j, shifts.data<int32_t>("shifts"), index.data<int64_t>("index"),
-             sorted.data<int64_t>("sorted"));
+  Tensor &positions = a.tensor(), &cell = a.tensor(), &inverse = a.tensor();
+  const int64_t periodic = a.integer(), atoms = positions.size(0);
+  const double cutoff = a.real();
+  require(positions.numel() == 3 * atoms && cell.numel() == 9 && inverse.numel() == 9 && cutoff > 0.0,
+          "a cell list needs positions, a cell and a cutoff");
+  require(atoms < (int64_t(1) << 31), "more than 2^31 atoms");
+  CellList list(atoms, positions.data<double>("positions"), cell.data<double>("cell"), inverse.data<double>("inverse"),
+                int(periodic), cutoff, parallel);
+  Tensor index = Tensor::empty<int64_t>({2, list.n_pairs}), shifts = Tensor::empty<int64_t>({list.n_pairs, 3});
+  list.fill(index.data<int64_t>("index"), shifts.data<int64_t>("shifts"));
   stack[0] = index.release();
-  stack[1] = sorted.release();
+  stack[1] = shifts.release();
 }
 
 void energies(const Tensor& atom_energy, const int64_t* system, int64_t systems, double* sums) {
@@ -114,7 +115,8 @@ struct Registration {
          "float least, float most",
          "(Tensor, Tensor, Tensor, int, int)", op_pair_list},
         {"sum_atoms", "Tensor atom_energy, Tensor system_index, int systems", "Tensor", op_sum_atoms},
-        {"sort_pairs", "Tensor receiver, Tensor sender, Tensor shifts, int atoms", "(Tensor, Tensor)", op_sort_pairs},
+        {"cell_list", "Tensor positions, Tensor cell, Tensor inverse, int periodic, float cutoff", "(Tensor, Tensor)",
+         op_cell_list},
         {"sum_pairs",
          "Tensor vectors, Tensor gradient, Tensor pairs, Tensor atom_energy, Tensor system_index, int systems",
          "(Tensor, Tensor, Tensor)", op_sum_pairs},
