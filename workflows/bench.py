@@ -316,12 +316,12 @@ class _Case:
         limit = {key: round(float(np.median([one[key] for one in rates])), 2) for key in rates[0]}
         mflop = limit_of(self.spec, self.common["pairs"] / self.n_atoms, self.n_elements)
         for one in self.workers:
-            some = [whole for whole, _ in times[one]]
-            ms, record = float(np.median(some)), self.records[one]
+            wholes = [whole for whole, _ in times[one]]
+            ms, record = float(np.median(wholes)), self.records[one]
             if one in OURS:
                 record["outside_model_ms"] = round(float(np.median([whole - part for whole, part in times[one]])), 4)
-            record |= {"ms_per_step": round(ms, 4), "min_ms": round(min(some), 4), "max_ms": round(max(some), 4)}
-            record |= {"us_per_atom": round(1e3 * ms / self.n_atoms, 3), "steps": len(some)}
+            record |= {"ms_per_step": round(ms, 4), "min_ms": round(min(wholes), 4), "max_ms": round(max(wholes), 4)}
+            record |= {"us_per_atom": round(1e3 * ms / self.n_atoms, 3), "steps": len(wholes)}
             if mflop is not None:
                 record["fraction_of_limit"] = float(f"{mflop * self.n_atoms / (ms * limit['gflops']):.3g}")
         setting = {key: self.common[key] for key in ("model", "device", "dtype", "threads", "atoms")}

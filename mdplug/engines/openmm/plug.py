@@ -159,8 +159,12 @@ class Plug:
                     self.last = known
                     return known
         try:
-            check_positions(positions, box, self.numbers, when)
-            result = self._evaluate(positions, box, forces)
+            try:
+                system = self._system(positions, box)
+            except InputError:
+                check_positions(positions, box, self.numbers, when)  # says it with the step and the elements
+                raise
+            result = self._evaluate(system, forces)
             check_result(result["energy"], result["forces"], self.numbers, self.options["max_force_eV_A"], when)
         except Exception as error:
             try:
@@ -173,8 +177,7 @@ class Plug:
             self.last = result
         return result
 
-    def _evaluate(self, positions: np.ndarray, box: np.ndarray | None, forces: bool) -> dict[str, Any]:
-        system = self._system(positions, box)
+    def _evaluate(self, system: AtomicSystem, forces: bool) -> dict[str, Any]:
         pairs = self._pairs(system)
         with self._lock:
             self.evaluations += 1
