@@ -7,6 +7,7 @@ from typing import Dict, Final, List, Optional
 import torch
 from torch import Tensor
 
+from mdplug import kernels
 from mdplug.errors import InputError
 from mdplug.pairs import Pairs
 from mdplug.pairs import pairs as find_pairs
@@ -66,26 +67,21 @@ class Deployed(Model):
         """
         dtype = self.dtype_of.dtype
         receiver, sender = pairs[0], pairs[1]
-        n_systems = cell.shape[0]
-        if n_systems == 1:  # a gather of one cell per pair is what costs
-            pair_system = receiver
+        if cell.shape[0] == 1:  # a gather of one cell per pair is what costs
             translation = torch.mm(shifts.to(cell.dtype), cell[0])
         else:
-            pair_system = system_index[receiver]
-            translation = torch.bmm(shifts.to(cell.dtype).unsqueeze(1), cell[pair_system]).squeeze(1)
+            translation = torch.bmm(shifts.to(cell.dtype).unsqueeze(1), cell[system_index[receiver]]).squeeze(1)
         r = (positions.index_select(0, sender) - positions.index_select(0, receiver) + translation).detach()
+        if self.written:  # noqa: SIM102  (a constant: TorchScript drops the branch)
+            if forces and not create_graph:
+                return self.by_written_adjoint(
+                    r, numbers, positions, cell, pairs, system_index, total_charge, total_spin, head
+                )
         vectors = r.to(dtype).clone()
         x, box = positions.detach().clone(), cell.detach().clone()
         n = numbers.shape[0]
         grad_mode = torch.is_grad_enabled()
         charge, spin = total_charge.to(dtype), total_spin.to(dtype)
-        if self.written:  # noqa: SIM102  (a constant: TorchScript drops the branch)
-            if forces and not create_graph:
-                out = self.potential.local_with_gradient(numbers, pairs, vectors, n, system_index, charge, spin, head)
-                energy = torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, out["atom_energy"].to(cell.dtype))
-                out.update(forces_and_virial(r, out.pop("pair_gradient"), pairs, pair_system, positions, cell))
-                out["energy"] = energy
-                return out
         # TorchScript has no enable_grad; an engine may call us with grad mode off.
         torch.set_grad_enabled(True)
         if forces:
@@ -96,8 +92,7 @@ class Deployed(Model):
         out = self.potential.local(numbers, pairs, vectors, n, system_index, charge, spin, head)
         if self.long_range:
             out = self.potential.far(out, x, box, pbc, system_index, total_charge)
-        atom_energy = out["atom_energy"].to(torch.float64)
-        energy = torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, atom_energy)
+        energy = energy_of(out["atom_energy"], system_index, cell)
         grads = torch.jit.annotate(List[Optional[Tensor]], [None, None, None])
         if forces and energy.requires_grad:
             inputs = [vectors, x, box] if self.long_range else [vectors]
@@ -105,7 +100,8 @@ class Deployed(Model):
         torch.set_grad_enabled(grad_mode or create_graph)
         result: Dict[str, Tensor] = {}
         if forces:
-            direct = forces_and_virial(r, zeros_if_none(grads[0], vectors), pairs, pair_system, positions, cell)
+            gradient = zeros_if_none(grads[0], vectors)
+            direct = totals(r, gradient, pairs, out["atom_energy"].detach(), system_index, positions, cell)
             force, virial = direct["forces"], direct["virial"]
             if self.long_range:
                 dx, dbox = zeros_if_none(grads[1], x), zeros_if_none(grads[2], box)
@@ -121,16 +117,56 @@ class Deployed(Model):
         result["energy"] = energy if create_graph else energy.detach()
         return result
 
+    @torch.jit.unused
+    def by_written_adjoint(
+        self,
+        r: Tensor,
+        numbers: Tensor,
+        positions: Tensor,
+        cell: Tensor,
+        pairs: Tensor,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
+        """As `forward` with forces, for pair vectors `r` (E, 3) float64 A, by the potential's own adjoint."""
+        dtype, n = self.dtype_of.dtype, numbers.shape[0]
+        charge, spin = total_charge.to(dtype), total_spin.to(dtype)
+        out = self.potential.local_with_gradient(numbers, pairs, r.to(dtype), n, system_index, charge, spin, head)
+        gradient = out.pop("pair_gradient")
+        out.update(totals(r, gradient, pairs, out["atom_energy"], system_index, positions, cell))
+        return out
 
-def forces_and_virial(
-    r: Tensor, pair_gradient: Tensor, pairs: Tensor, pair_system: Tensor, positions: Tensor, cell: Tensor
+
+def energy_of(atom_energy: Tensor, system_index: Tensor, cell: Tensor) -> Tensor:
+    """(S,) float64 eV: sums of atom energies (N,) over each structure. system_index: (N,). cell: (S, 3, 3)."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops the branch)
+        if kernels.serves(atom_energy) and not atom_energy.requires_grad:
+            return torch.ops.mdplug.sum_atoms.default(atom_energy.contiguous(), system_index, cell.shape[0])
+    return torch.zeros_like(cell[:, 0, 0]).index_add(0, system_index, atom_energy.to(torch.float64))
+
+
+def totals(
+    r: Tensor,
+    pair_gradient: Tensor,
+    pairs: Tensor,
+    atom_energy: Tensor,
+    system_index: Tensor,
+    positions: Tensor,
+    cell: Tensor,
 ) -> Dict[str, Tensor]:
-    """The one scatter of dE/d(vectors): "forces" (N, 3) eV/A and the symmetric "virial" (S, 3, 3) eV, float64.
+    """The one scatter of dE/d(vectors): "forces" (N, 3) eV/A and symmetric "virial" (S, 3, 3) eV; "energy" (S,) eV.
 
     Args:
-        r: (E, 3) float64 A. pair_gradient: (E, 3) eV/A. pairs: (2, E). pair_system: (E,). positions: (N, 3).
-        cell: (S, 3, 3).
+        r: (E, 3) float64 A. pair_gradient: (E, 3) eV/A. pairs: (2, E). atom_energy: (N,) eV. system_index: (N,).
+        positions: (N, 3). cell: (S, 3, 3).
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops the branch)
+        if kernels.serves(r) and not pair_gradient.requires_grad:
+            of = (r, pair_gradient, pairs, atom_energy, system_index)
+            summed = torch.ops.mdplug.sum_pairs.default(*[one.contiguous() for one in of], cell.shape[0])
+            return {"energy": summed[0], "forces": summed[1], "virial": summed[2]}
     gradient = pair_gradient.to(torch.float64)
     force = torch.zeros_like(positions).index_add(0, pairs[0], gradient)
     force = force.index_add(0, pairs[1], -gradient)
@@ -138,8 +174,9 @@ def forces_and_virial(
         virial = torch.mm(r.t(), gradient).unsqueeze(0)
     else:
         outer = r.unsqueeze(2) * gradient.unsqueeze(1)
-        virial = torch.zeros_like(cell).index_add(0, pair_system, outer)
-    return {"forces": force, "virial": -0.5 * (virial + virial.transpose(1, 2))}
+        virial = torch.zeros_like(cell).index_add(0, system_index[pairs[0]], outer)
+    virial = -0.5 * (virial + virial.transpose(1, 2))
+    return {"energy": energy_of(atom_energy, system_index, cell), "forces": force, "virial": virial}
 
 
 def zeros_if_none(grad: Optional[Tensor], like: Tensor) -> Tensor:
@@ -218,6 +255,18 @@ def call(
     deployed: Model, system: AtomicSystem, pairs: Pairs, forces: bool = True, create_graph: bool = False
 ) -> Dict[str, Tensor]:
     """Hand a system to a deployed potential; the one place that spells out its arguments."""
+    if forces and not create_graph and pairs.system is system and isinstance(deployed, Deployed) and deployed.written:
+        return deployed.by_written_adjoint(
+            pairs.vectors.detach(),
+            system.numbers,
+            system.positions,
+            system.cell,
+            pairs.index,
+            system.system_index,
+            system.total_charge,
+            system.total_spin,
+            head_of(deployed, system),
+        )
     return deployed(
         system.numbers,
         system.positions,

@@ -1,18 +1,21 @@
 """Pairs: the full directed neighbour list, i receives and j sends, r_ij = r_j - r_i + shift.
 
 Sorted by (i, j, shift) and compacted to the cutoff at every evaluation, so that a result never depends on when a
-skin list was built. CPU lists come from vesin; other devices (and exported files) use the torch cell list.
+skin list was built. On the CPU, native operators find and compact (mdplug/kernels); without them vesin finds and torch
+compacts. Other devices (and exported files) use the torch cell list.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mdplug import kernels
 from mdplug.errors import InputError
 from mdplug.pairs_torch import torch_pairs
-from mdplug.system import AtomicSystem
+from mdplug.system import AtomicSystem, filled_cell
 
 OVERLAP = 1e-6  # A; closer than this no direction is defined
 
@@ -25,11 +28,13 @@ class Pairs:
         index: (2, E) int64, receiver i and sender j.
         shifts: (E, 3) int64 lattice translations: r_ij = r_j - r_i + shifts @ cell.
         vectors: (E, 3) float64 A.
+        system: whose positions the vectors belong to, if known: these vectors are then not computed again.
     """
 
     index: Tensor
     shifts: Tensor
     vectors: Tensor
+    system: AtomicSystem | None = field(default=None, repr=False, compare=False)
 
     @property
     def n_pairs(self) -> int:
@@ -62,27 +67,49 @@ def pairs(system: AtomicSystem, cutoff: float) -> Pairs:
     Raises:
         InputError: `cutoff` is not positive, or two atoms sit on one point (both are named).
     """
+    index, shifts = _found(system, cutoff)
+    return _checked(Pairs(index, shifts, pair_vectors(system, index, shifts), system))
+
+
+def _found(system: AtomicSystem, cutoff: float) -> tuple[Tensor, Tensor]:
+    """Sorted index (2, E) and shifts (E, 3) of the pairs closer than `cutoff`."""
     if not cutoff > 0:
         raise InputError(f"cutoff must be positive, got {cutoff} A")
+    if system.positions.device.type != "cpu":
+        find = torch_pairs
+    else:
+        find = _native_pairs if kernels.serves(system.positions) else _vesin_pairs
+    if system.n_systems == 1:
+        return find(system.positions, system.cell[0], system.pbc[0], cutoff)
     lists, offset = [], 0
     for s in range(system.n_systems):
         n = int((system.system_index == s).sum())
         rows = slice(offset, offset + n)
-        find = _vesin_pairs if system.positions.device.type == "cpu" else torch_pairs
         index, shifts = find(system.positions[rows], system.cell[s], system.pbc[s], cutoff)
         lists.append((index + offset, shifts))
         offset += n
-    index, shifts = torch.cat([one[0] for one in lists], dim=1), torch.cat([one[1] for one in lists])
-    return _checked(system, Pairs(index, shifts, pair_vectors(system, index, shifts)))
+    return torch.cat([one[0] for one in lists], dim=1), torch.cat([one[1] for one in lists])
 
 
-def _checked(system: AtomicSystem, found: Pairs) -> Pairs:
+def _checked(found: Pairs) -> Pairs:
     if found.n_pairs:
         distance, k = found.distances.min(dim=0)
         if float(distance) < OVERLAP:
-            i, j = (int(x) for x in found.index[:, int(k)])
-            raise InputError(f"atoms {i} and {j} sit on the same point; move or remove one of them")
+            raise _overlap(found.index[:, int(k)])
     return found
+
+
+def _overlap(pair: Tensor) -> InputError:
+    i, j = pair.tolist()
+    return InputError(f"atoms {i} and {j} sit on the same point; move or remove one of them")
+
+
+def _native_pairs(positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
+    periodic = sum(1 << k for k, wraps in enumerate(pbc.tolist()) if wraps)
+    # The cell of an open system may be anything, a flat one included.
+    box = filled_cell(cell.unsqueeze(0))[0] if periodic else torch.eye(3, dtype=torch.float64)
+    inverse = torch.linalg.inv(box).contiguous()
+    return torch.ops.mdplug.cell_list(positions.contiguous(), box.contiguous(), inverse, periodic, cutoff)
 
 
 def _vesin_pairs(positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
@@ -111,36 +138,69 @@ class PairList:
     skin: float = 1.0
     builds: int = 0
     _reference: AtomicSystem | None = field(default=None, repr=False)
-    _candidates: Pairs | None = field(default=None, repr=False)
-    _translations: Tensor | None = field(default=None, repr=False)
+    _candidates: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
 
     def update(self, system: AtomicSystem) -> Pairs:
-        """The pairs of `system` within the cutoff."""
-        if self._candidates is None or self._translations is None or not self.holds(system):
-            self._candidates = pairs(system, self.cutoff + self.skin)
-            self._translations = translations(system, self._candidates.index, self._candidates.shifts)
+        """The pairs of `system` within the cutoff.
+
+        Raises:
+            InputError: two atoms on one point.
+        """
+        found = self.reuse(system)
+        if found is None:
+            index, shifts = _found(system, self.cutoff + self.skin)
+            self._candidates = (index, shifts, translations(system, index, shifts))
             self._reference = system
             self.builds += 1
-        index, shifts, x = self._candidates.index, self._candidates.shifts, system.positions
-        vectors = x.index_select(0, index[1]) - x.index_select(0, index[0]) + self._translations
-        keep = (vectors.square().sum(dim=1) < self.cutoff * self.cutoff).nonzero().squeeze(1)
-        found = Pairs(index.index_select(1, keep), shifts.index_select(0, keep), vectors.index_select(0, keep))
-        return _checked(system, found)
+            found = within(system, system, *self._candidates, self.cutoff, math.inf)
+            assert found is not None
+        return found
 
-    def holds(self, system: AtomicSystem) -> bool:
-        """Whether the stored candidates still contain every pair of `system`."""
+    def reuse(self, system: AtomicSystem) -> Pairs | None:
+        """As `update`, but None where the stored candidates need not contain every pair of `system` any more."""
         old = self._reference
-        if old is None or self.skin <= 0 or old.numbers.shape != system.numbers.shape:
-            return False
+        if self._candidates is None or old is None or self.skin <= 0 or old.numbers.shape != system.numbers.shape:
+            return None
         if old.positions.device != system.positions.device or old.cell.shape != system.cell.shape:
-            return False
-        same = (
-            torch.equal(old.numbers, system.numbers)
-            and torch.equal(old.cell, system.cell)
-            and torch.equal(old.pbc, system.pbc)
-            and torch.equal(old.system_index, system.system_index)
-        )
-        if not same:
-            return False
-        moved = (system.positions - old.positions).square().sum(dim=1).max()
-        return float(moved) < (0.5 * self.skin) ** 2
+            return None
+        for name in ("numbers", "cell", "pbc", "system_index"):
+            mine, its = getattr(old, name), getattr(system, name)
+            if mine is not its and not torch.equal(mine, its):
+                return None
+        return within(system, old, *self._candidates, self.cutoff, 0.5 * self.skin)
+
+
+def within(
+    system: AtomicSystem,
+    reference: AtomicSystem,
+    index: Tensor,
+    shifts: Tensor,
+    translation: Tensor,
+    cutoff: float,
+    most: float,
+) -> Pairs | None:
+    """Those of some candidates that are closer than `cutoff` at the positions of `system`, in their order.
+
+    Args:
+        reference: the same atoms when the candidates were found. index: (2, E). shifts: (E, 3).
+        translation: (E, 3) float64 A, see `translations`. cutoff: A. most: A.
+
+    Returns:
+        None where an atom has moved by `most` or more since.
+
+    Raises:
+        InputError: two atoms on one point.
+    """
+    x, start = system.positions, reference.positions
+    if kernels.serves(x):
+        of = (x.contiguous(), start.contiguous(), index, shifts, translation, cutoff, OVERLAP, most)
+        inside, there, vectors, overlap, holds = torch.ops.mdplug.pair_list.default(*of)
+        if overlap >= 0:
+            raise _overlap(index[:, overlap])
+        return Pairs(inside, there, vectors, system) if holds else None
+    if not float((x - start).square().sum(dim=1).max()) < most * most:
+        return None
+    vectors = x.index_select(0, index[1]) - x.index_select(0, index[0]) + translation
+    keep = (vectors.square().sum(dim=1) < cutoff * cutoff).nonzero().squeeze(1)
+    vectors = vectors.index_select(0, keep)
+    return _checked(Pairs(index.index_select(1, keep), shifts.index_select(0, keep), vectors, system))

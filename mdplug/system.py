@@ -6,6 +6,7 @@ vectors, never the positions). A cell row may be zero only where `pbc` is False.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
     import ase
 
 MAX_Z = 118
+# Name -> (one row an atom or one a structure, the other dimensions, dtype).
+_FIELDS: dict[str, tuple[bool, tuple[int, ...], torch.dtype]] = {
+    "numbers": (True, (), torch.int64),
+    "positions": (True, (3,), torch.float64),
+    "cell": (False, (3, 3), torch.float64),
+    "pbc": (False, (3,), torch.bool),
+    "system_index": (True, (), torch.int64),
+    "total_charge": (False, (), torch.float64),
+    "total_spin": (False, (), torch.float64),
+    "head": (False, (), torch.int64),
+}
 
 
 @dataclass(frozen=True)
@@ -51,34 +63,37 @@ class AtomicSystem:
     head: Tensor
 
     def __post_init__(self) -> None:
+        self._check(_FIELDS)
+
+    def _check(self, names: Iterable[str]) -> None:
+        """Check the tensors of these names, the others being known to be right and to fit."""
         n, s = self.numbers.shape[0] if self.numbers.dim() == 1 else -1, self.cell.shape[0]
-        expected = {
-            "numbers": ((n,), torch.int64),
-            "positions": ((n, 3), torch.float64),
-            "cell": ((s, 3, 3), torch.float64),
-            "pbc": ((s, 3), torch.bool),
-            "system_index": ((n,), torch.int64),
-            "total_charge": ((s,), torch.float64),
-            "total_spin": ((s,), torch.float64),
-            "head": ((s,), torch.int64),
-        }
-        for name, (shape, dtype) in expected.items():
-            value = getattr(self, name)
-            if tuple(value.shape) != shape or value.dtype != dtype:
+        for name in names:
+            per_atom, rest, dtype = _FIELDS[name]
+            value, shape = getattr(self, name), (n if per_atom else s, *rest)
+            if value.shape != shape or value.dtype != dtype:
                 raise InputError(
                     f"{name} must have shape {shape} and dtype {dtype}, got {tuple(value.shape)} and {value.dtype}; "
                     "build the system with AtomicSystem.from_arrays"
                 )
         if n <= 0:
             raise InputError("a system needs at least one atom, got none; check the input structure")
-        self._check_atoms()
-        self._check_cell()
+        if "positions" in names:
+            self._check_positions()
+        if "numbers" in names or "system_index" in names:
+            self._check_atoms()
+        if "cell" in names or "pbc" in names:
+            self._check_cell()
 
-    def _check_atoms(self) -> None:
+    def _check_positions(self) -> None:
+        if math.isfinite(float(self.positions.sum())):  # else: not finite, or no more than a sum that overflows
+            return
         bad = ~torch.isfinite(self.positions).all(dim=1)
         if bool(bad.any()):
             atom = int(bad.nonzero()[0, 0])
             raise InputError(f"atom {atom} has a position that is not finite; repair the structure before running it")
+
+    def _check_atoms(self) -> None:
         wrong = (self.numbers < 1) | (self.numbers > MAX_Z)
         if bool(wrong.any()):
             atom = int(wrong.nonzero()[0, 0])
@@ -128,8 +143,14 @@ class AtomicSystem:
         return AtomicSystem(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def with_(self, **changes: Tensor) -> AtomicSystem:
-        """A copy with some tensors replaced (checked like a new one)."""
-        return replace(self, **changes)
+        """A copy with some tensors replaced and, like a new one's, checked; cheap where these are positions alone."""
+        if "numbers" in changes or (changes.keys() - _FIELDS.keys()):
+            return replace(self, **changes)
+        made = object.__new__(AtomicSystem)
+        made.__dict__.update(self.__dict__)
+        made.__dict__.update(changes)
+        made._check(changes if made.n_systems == self.n_systems else _FIELDS)
+        return made
 
     @classmethod
     def from_arrays(

@@ -15,6 +15,7 @@ from mdplug.potential import Potential
 from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial
 from mdplug.potentials.blocks.kernel_layer import KernelLayer
 from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
+from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.mace import MACE
 
 ops: Any = torch.ops.mdplug
@@ -224,7 +225,7 @@ class KernelMACE(Potential):
             return grad
         leaf, filled = tape
         rows = grad.transpose(0, 1).flatten(1)[atoms.place.long()]
-        back = torch.autograd.grad(filled, leaf, rows)[0][atoms.order]
+        back = pull_back([filled], [leaf], [rows])[0][atoms.order]
         return back.view(atoms.n, grad.shape[0], grad.shape[2]).transpose(0, 1).contiguous()
 
     def _adjoint(
@@ -264,7 +265,7 @@ class KernelMACE(Potential):
             outputs.append(columns)
             cotangents.append(gradients.columns[t])
         if outputs and graph.r.shape[0]:
-            along = torch.autograd.grad(outputs, scalars.r, cotangents)[0].squeeze(1)
+            along = pull_back(outputs, [scalars.r], cotangents)[0].squeeze(1)
             gradients.r = along if gradients.r is None else gradients.r + along
         harmonics = self.definition.harmonics
         along_r = torch.zeros_like(graph.r) if gradients.r is None else gradients.r

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 from ase import Atoms
 from ase.build import molecule
-from ase.io import write
 from pydantic import Field
 from scipy.spatial.transform import Rotation
 
@@ -31,7 +30,7 @@ from mdplug.workflows._common import Config as BaseConfig
 from mdplug.workflows._common import Progress, RunFolder, Stopped, catch_signals, silent, write_atomic
 from mdplug.workflows.bench_limit import limit_of
 from mdplug.workflows.bench_models import RANDOM, describe
-from mdplug.workflows.bench_peers import ENGINES, Engine, compact_of, missing
+from mdplug.workflows.bench_peers import ENGINES, Engine, compact_of, missing, save_atoms
 from mdplug.workflows.bench_report import OURS, Records, memory, plot, report
 from mdplug.workflows.bench_worker import Worker
 
@@ -80,8 +79,9 @@ class Result:
 
     Attributes:
         records: one per engine, model and size: "what", "model", "device", "dtype", "threads", "atoms", "pairs",
-            "ms_per_step" (median), "min_ms", "max_ms", "us_per_atom", "steps", "time_to_first_force_s" (from the start
-            of the process), "start_MiB" (before the first forces), "peak_MiB", "max_dF_eV_A" against "reference",
+            "ms_per_step" (median), "min_ms", "max_ms", "us_per_atom", "steps", "outside_model_ms" (median; what a
+            step of ours takes besides its model), "time_to_first_force_s" (from the start of the process), "start_MiB"
+            (before the first forces), "peak_MiB", "max_dF_eV_A" against "reference",
             "rms_F_eV_A", "fraction_of_limit" (time of the fewest operations known at the machine's rate of multiplying
             matrices, over the time), "versions"; or "what", "model", "atoms" and "left_out" with the reason. Per model
             and size one more, "what": "roofline" with "gflops", "copy_GB_s" and, where counted, "mflop_per_atom".
@@ -131,8 +131,8 @@ def weights(
         require("mace", extra="mace")
         upstream = folder / f"{name}.model"
         if not upstream.exists():
-            frame, part = folder / f"{name}.extxyz", folder / f"{name}.part"
-            write(frame, water_box(64, seed))
+            frame, part = folder / f"{name}.npz", folder / f"{name}.part"
+            save_atoms(frame, water_box(64, seed))
             job = {"engine": "build", "model": name, "seed": seed, "structure": str(frame), "upstream": str(part)}
             with Worker({**setting, **job}, folder, patience_s, check) as worker:
                 worker.ask()
@@ -200,11 +200,11 @@ class _Case:
         # The last two frames are for the forces alone: an engine may remember what it has seen.
         total = config.warmup + config.rounds * config.steps
         self.checked = [total, total + 1]
-        write(folder / "box.extxyz", atoms)
+        save_atoms(folder / "box.npz", atoms)
         np.save(folder / "frames.npy", motion(atoms, total + 2, config.seed))
         head = self.spec.heads[0] if len(self.spec.heads) > 1 else None
         self.job = {
-            "structure": str(folder / "box.extxyz"), "frames": str(folder / "frames.npy"), "model": str(ours),
+            "structure": str(folder / "box.npz"), "frames": str(folder / "frames.npy"), "model": str(ours),
             "upstream": str(self.upstream), "head": head, **setting, **limits,
         }  # fmt: skip
         n_pairs = pairs(system, self.spec.cutoff).n_pairs
@@ -277,8 +277,8 @@ class _Case:
             "time_to_first_force_s": round(first["first_force_s"], 3), "start_MiB": round(first["start_MiB"], 1),
         }  # fmt: skip
 
-    def turn(self, engine: str, begin: int, steps: int) -> list[float]:
-        """Milliseconds of its next steps; empty, and it is left out, if it dies of them."""
+    def turn(self, engine: str, begin: int, steps: int) -> list[tuple[float, float]]:
+        """Milliseconds of its next steps, whole and inside the model; none, and it is left out, if it dies of them."""
         request = {"frames": list(range(begin, begin + steps)), "keep": None, "at_most_s": self.config.turn_s}
         try:
             said = self.workers[engine].ask(request)
@@ -288,7 +288,7 @@ class _Case:
             self.leave_out(engine, str(error))
             return []
         self.records[engine]["peak_MiB"] = round(said["peak_MiB"], 1)
-        return said["milliseconds"]
+        return list(zip(said["milliseconds"], said["inside_ms"], strict=True))
 
     def run(self) -> Records:
         """The records; first that of the machine."""
@@ -299,7 +299,7 @@ class _Case:
                 self.enter(engine, expected, stack)
             # The next frame of each: none is skipped, so that pair lists age as in a liquid.
             at = {one: len(self.turn(one, 0, config.warmup)) for one in list(self.workers)}
-            times: dict[str, list[float]] = {one: [] for one in at}
+            times: dict[str, list[tuple[float, float]]] = {one: [] for one in at}
             roofline = stack.enter_context(self.start("roofline", memory_MiB=1e6))
             roofline.ask()
             for k in range(config.rounds):
@@ -316,10 +316,12 @@ class _Case:
         limit = {key: round(float(np.median([one[key] for one in rates])), 2) for key in rates[0]}
         mflop = limit_of(self.spec, self.common["pairs"] / self.n_atoms, self.n_elements)
         for one in self.workers:
-            ms, some = float(np.median(times[one])), times[one]
-            record = self.records[one]
-            record |= {"ms_per_step": round(ms, 4), "min_ms": round(min(some), 4), "max_ms": round(max(some), 4)}
-            record |= {"us_per_atom": round(1e3 * ms / self.n_atoms, 3), "steps": len(some)}
+            wholes = [whole for whole, _ in times[one]]
+            ms, record = float(np.median(wholes)), self.records[one]
+            if one in OURS:
+                record["outside_model_ms"] = round(float(np.median([whole - part for whole, part in times[one]])), 4)
+            record |= {"ms_per_step": round(ms, 4), "min_ms": round(min(wholes), 4), "max_ms": round(max(wholes), 4)}
+            record |= {"us_per_atom": round(1e3 * ms / self.n_atoms, 3), "steps": len(wholes)}
             if mflop is not None:
                 record["fraction_of_limit"] = float(f"{mflop * self.n_atoms / (ms * limit['gflops']):.3g}")
         setting = {key: self.common[key] for key in ("model", "device", "dtype", "threads", "atoms")}

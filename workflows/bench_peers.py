@@ -53,10 +53,16 @@ def missing(engine: Engine, device: str) -> str:
     return ""
 
 
-def _atoms(job: dict[str, Any]) -> Any:
-    from ase.io import read
+def save_atoms(path: Path, atoms: Any) -> None:
+    """Write what workers start from. No format of ase.io: importing it would count in the time to the first forces."""
+    np.savez(path, numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
 
-    return read(job["structure"])
+
+def _atoms(job: dict[str, Any]) -> Any:
+    from ase import Atoms
+
+    with np.load(job["structure"]) as stored:
+        return Atoms(**stored)
 
 
 def _through_ase(job: dict[str, Any], calculator: Any) -> Step:
@@ -97,7 +103,9 @@ def _topology(job: dict[str, Any]) -> Any:
 def _load(job: dict[str, Any]) -> Any:
     import mdplug
 
-    return mdplug.load(job["model"], device=job["device"], dtype=job["dtype"], head=job["head"])
+    model = mdplug.load(job["model"], device=job["device"], dtype=job["dtype"], head=job["head"])
+    inside.watch(model)
+    return model
 
 
 def _mdplug_ase(job: dict[str, Any]) -> Step:
@@ -190,6 +198,38 @@ def guard(limit_mib: float) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class Inside:
+    """Seconds spent in a model itself: its local part with the adjoint, where that is written out, else all of it.
+
+    What an engine's step takes besides is the MD loop's own: checks, pair list, conversions, the engine.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self, model: Any) -> None:
+        """Count in every model of the same class: an engine may hold a copy."""
+        from mdplug.deployed import Deployed
+
+        if getattr(model, "has_written_adjoint", False):
+            owner, name = type(model), "local_with_gradient"
+        else:
+            owner, name = (Deployed if hasattr(model, "local") else type(model)), "forward"
+        inner = getattr(owner, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return inner(*arguments, **options)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        setattr(owner, name, counted)
+
+
+inside = Inside()
+
+
 def timed(jobs: Iterable[Callable[[], Any]], at_most_s: float) -> tuple[list[float], list[Any]]:
     """Milliseconds and results of one after the other; no further one once `at_most_s` have passed."""
     milliseconds, results = [], []
@@ -242,10 +282,16 @@ def serve(job: dict[str, Any], requests: Iterator[dict[str, Any]], answer: Answe
     step(frames[0])
     answer(first_force_s=time.time() - job["started"], start_MiB=start, versions=_versions(job["engine"]))
     for request in requests:
-        milliseconds, results = timed((partial(step, frames[k]) for k in request["frames"]), request["at_most_s"])
+
+        def one(k: int) -> tuple[np.ndarray, float]:
+            inside.seconds = 0.0
+            forces = step(frames[k])[1]
+            return forces, 1e3 * inside.seconds
+
+        milliseconds, results = timed((partial(one, k) for k in request["frames"]), request["at_most_s"])
         if request["keep"] is not None:
-            np.save(request["keep"], np.array([forces for _, forces in results], dtype=np.float64))
-        answer(milliseconds=milliseconds, peak_MiB=peak_mib(job["device"]))
+            np.save(request["keep"], np.array([forces for forces, _ in results], dtype=np.float64))
+        answer(milliseconds=milliseconds, inside_ms=[ms for _, ms in results], peak_MiB=peak_mib(job["device"]))
 
 
 def be_worker(serve: Callable[[dict[str, Any], Iterator[dict[str, Any]], Answer], None]) -> None:

@@ -34,20 +34,21 @@ def table(records: Records) -> str:
             continue
         row = [str(r["model"]), r["what"], str(r["atoms"])]
         if "left_out" in r:
-            rows.append([*row, "", f"left out: {r['left_out']}", *[""] * 8])
+            rows.append([*row, "", f"left out: {r['left_out']}", *[""] * 9])
             continue
         of = base.get((r["model"], r["atoms"]))
         rows.append([
             *row, str(r["pairs"]), f"{r['ms_per_step']:.2f}", f"{r['min_ms']:.2f}", f"{r['max_ms']:.2f}",
+            f"{r['outside_model_ms']:.2f}" if "outside_model_ms" in r else "",
             f"{1e3 * r['ms_per_step'] / r['atoms']:.1f}",
             f"{100 * r['fraction_of_limit']:.1f}" if "fraction_of_limit" in r else "", f"{r['peak_MiB']:.0f}",
             f"{r['time_to_first_force_s']:.1f}", f"{r['max_dF_eV_A']:.1e}",
             "" if of is None else f"{of / r['ms_per_step']:.2f}",
         ])  # fmt: skip
     return _rows(
-        "model | engine | atoms | pairs | ms per step: median | min | max | us per atom | % of the arithmetic limit | "
-        "peak MiB | first force, s | max dF, eV/A | times mace-torch",
-        11,
+        "model | engine | atoms | pairs | ms per step: median | min | max | outside the model | us per atom | "
+        "% of the arithmetic limit | peak MiB | first force, s | max dF, eV/A | times mace-torch",
+        12,
         rows,
     )
 

@@ -16,28 +16,38 @@ NEEDS = (2, 10)  # torch whose stable C interface has what the library uses
 
 
 @cache
-def why_not() -> str:
-    """Why the native library is not in use; empty where it is. Says so once, as a warning, where it is missing."""
+def _load() -> str:
+    """Load the library; the reason where that fails, else empty."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < NEEDS:
         return f"torch {torch.__version__} is older than {NEEDS[0]}.{NEEDS[1]}"
     path = Path(__file__).with_name(LIBRARY)
     if not path.exists():
-        reason = f"{LIBRARY} was not built; reinstall mdplug where a C++ compiler is, or take a released wheel"
-    else:
-        try:
-            torch.ops.load_library(str(path))
-        except (OSError, RuntimeError) as error:
-            reason = f"{path} does not load: {error}"
-        else:
-            return ""
-    warnings.warn(f"potentials run in plain torch, several times slower: {reason}", stacklevel=2)
+        return f"{LIBRARY} was not built; reinstall mdplug where a C++ compiler is, or take a released wheel"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path} does not load: {error}"
+    return ""
+
+
+@cache
+def why_not() -> str:
+    """Why the native library is not in use; empty where it is. Says so once, as a warning, where it is missing."""
+    reason = _load()
+    if reason:
+        warnings.warn(f"potentials run in plain torch, several times slower: {reason}", stacklevel=2)
     return reason
 
 
 def available() -> bool:
     """Whether the native operators can be used (on CPU tensors)."""
     return not why_not()
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether the library is there, without a word where it is not, and for this tensor's device."""
+    return tensor.device.type == "cpu" and not _load()
 
 
 def instruction_set() -> str:

@@ -44,7 +44,8 @@ def _couplings(l_max: int, degree: int, natural: bool) -> Tuple[Coupled, ...]:
 def _couple(left: np.ndarray, l_left: int, ell: int, l_out: int, width: int) -> np.ndarray:
     tensor = np.zeros((2 * l_out + 1, *left.shape[1:], width))
     symbol = np.sqrt(2 * l_out + 1) * real_3j(l_out, l_left, ell)
-    tensor[..., ell * ell : (ell + 1) ** 2] = np.einsum("cab,a...->c...b", symbol, left)
+    product = np.tensordot(symbol, left, (1, 0))  # (c, b, ...)
+    tensor[..., ell * ell : (ell + 1) ** 2] = np.moveaxis(product, 1, -1)
     return tensor
 
 

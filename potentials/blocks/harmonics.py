@@ -194,7 +194,9 @@ def real_3j(l1: int, l2: int, l3: int) -> np.ndarray:
         for k in range(shape[1]):
             for m in range(shape[2]):
                 coupled[i, k, m] = _clebsch_gordan(l1, i - l1, l2, k - l2, l3, m - l3)
-    tensor = np.einsum("ij,kl,mn,ikm->jln", _real_basis(l1), _real_basis(l2), _real_basis(l3).conj(), coupled).real
+    tensor = np.tensordot(_real_basis(l1), coupled, (0, 0))  # (j, k, m)
+    tensor = np.tensordot(tensor, _real_basis(l2), (1, 0))  # (j, m, l)
+    tensor = np.tensordot(tensor, _real_basis(l3).conj(), (1, 0)).real  # (j, l, n)
     tensor /= np.linalg.norm(tensor)
     low, middle, high = sorted((l1, l2, l3))
     if (l1 + l2 + l3) % 2 == 1 and low == 1 and middle == high and high > 1:

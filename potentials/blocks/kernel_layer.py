@@ -9,6 +9,7 @@ from mdplug.potentials.blocks.contraction import sparse_polynomial
 from mdplug.potentials.blocks.interaction import GatedMessenger
 from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial, coupling
 from mdplug.potentials.blocks.knots import LANES, in_blocks
+from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.blocks.tables import FIRST_KNOT
 
 ops: Any = torch.ops.mdplug
@@ -250,7 +251,7 @@ class KernelLayer(nn.Module):
                 mixed, self.coefficients, kinds, self.nodes, self.term, self.starts, d_product
             )
             out, leaves = tape
-            d_messages, d_own, d_rho = torch.autograd.grad(out, leaves, d_mixed)
+            d_messages, d_own, d_rho = pull_back([out], leaves, [d_mixed])
         else:
             d_messages, d_rho = ops.product_backward(grad, mixed, *self._product(weights, atoms, tape, True))
         if self.has_density:

@@ -69,6 +69,13 @@ def depends_on_species(radial: Any) -> bool:
     return not (all(isinstance(net, PlainNet) for net in radial.nets) and isinstance(radial.transform, NoTransform))
 
 
+def sampled(radial: Any, r: Tensor, kinds: List[Tuple[int, int]]) -> List[Tensor]:
+    """Columns of each layer and their derivatives, (kinds, points, 2, columns), float64; see `derivatives`."""
+    with torch.enable_grad():  # tables may be made in the middle of an evaluation
+        found = sample(radial, r, kinds, len(radial.nets))
+    return [torch.stack(both, dim=2) for both in zip(*found, strict=True)]
+
+
 def derivatives(radial: Any, r: Tensor, kinds: List[Tuple[int, int]]) -> List[Tensor]:
     """Columns of each layer with their first and second derivatives, (kinds, points, 3, columns), float64.
 
@@ -76,12 +83,20 @@ def derivatives(radial: Any, r: Tensor, kinds: List[Tuple[int, int]]) -> List[Te
         radial: exact, in float64. r: (points,) A. kinds: species of receiver and sender, a table each.
     """
     small = 1e-4  # A; central differences of exact slopes are good to 1e-8, and robust for any net
-    with torch.enable_grad():  # tables may be made in the middle of an evaluation
-        values, slopes = sample(radial, torch.cat([r, r - small, r + small]), kinds, len(radial.nets))
     out = []
-    for value, slope in zip(values, slopes, strict=True):
-        here, before, after = slope.chunk(3, dim=1)
-        out.append(torch.stack([value[:, : len(r)], here, (after - before) / (2 * small)], dim=2))
+    for both in sampled(radial, torch.cat([r, r - small, r + small]), kinds):
+        here, before, after = both.chunk(3, dim=1)
+        out.append(torch.cat([here, (after[:, :, 1:] - before[:, :, 1:]) / (2 * small)], dim=2))
+    return out
+
+
+def halved(radial: Any, at: List[Tensor], step: float, kinds: List[Tuple[int, int]]) -> List[Tensor]:
+    """`derivatives` on the knots of `at` and those between them, which lie at odd multiples of `step` (A)."""
+    odd = FIRST_KNOT + step * torch.arange(1, 2 * (at[0].shape[1] - 1), 2, dtype=torch.float64)
+    out = []
+    for old, new in zip(at, derivatives(radial, odd, kinds), strict=True):
+        both = torch.stack([old[:, :-1], new], dim=2).flatten(1, 2)
+        out.append(torch.cat([both, old[:, -1:]], dim=1))
     return out
 
 
@@ -102,20 +117,21 @@ def make_tables(model: Any, species: Tuple[int, ...], tolerance: float = 1e-5) -
         for kind, (a, b) in enumerate(kinds):
             kind_of[a, b] = kind
     fine = torch.linspace(ERROR_FROM, model.cutoff, FINE, dtype=torch.float64)
-    truth = derivatives(exact, fine, kinds)
+    truth = sampled(exact, fine, kinds)
     # What the columns become in the messages, in few numbers: same norms, far fewer columns to compare.
     triangles = [torch.linalg.qr(w.flatten(1).t()).R.t() for w in weights]
     intervals = 32
+    step = (model.cutoff - FIRST_KNOT) / intervals
+    at = derivatives(exact, FIRST_KNOT + step * torch.arange(intervals + 1, dtype=torch.float64), kinds)
     while True:
-        step = (model.cutoff - FIRST_KNOT) / intervals
-        grid = FIRST_KNOT + step * torch.arange(intervals + 1, dtype=torch.float64)
-        at = derivatives(exact, grid, kinds)
         scaled = [a * torch.tensor([1.0, step, step * step], dtype=torch.float64).view(1, 1, 3, 1) for a in at]
         errors = [_errors(fine, step, s, t, w) for s, t, w in zip(scaled, truth, triangles, strict=True)]
         slope_error, value_error = max(e[0] for e in errors), max(e[1] for e in errors)
         if slope_error < tolerance or intervals >= MAX_KNOTS:
             break
         intervals *= 2
+        step = (model.cutoff - FIRST_KNOT) / intervals
+        at = halved(exact, at, step, kinds)
     layers, extra = [], []
     for t, (weight, messenger) in enumerate(zip(weights, messengers, strict=True)):
         b = len(weight)
@@ -157,7 +173,7 @@ def _density_spline(
     fine = torch.linspace(ERROR_FROM, cutoff, FINE, dtype=torch.float64)
 
     def last(r: Tensor) -> Tensor:
-        found = derivatives(exact, r, kinds)
+        found = sampled(exact, r, kinds)
         return torch.cat([f[..., -1:] for f, net in zip(found, exact.nets, strict=True) if net.has_density], dim=3)
 
     truth = last(fine)[:, :, 1]
@@ -178,7 +194,7 @@ def _errors(r: Tensor, step: float, scaled: Tensor, truth: Tensor, weight: Tenso
     """Relative rms error of slope and value of the functions that reach the messages.
 
     Args:
-        scaled: (kinds, knots, 3, columns) numbers at the knots. truth: (kinds, points, 3, columns). weight: (b, any).
+        scaled: (kinds, knots, 3, columns) numbers at the knots. truth: (kinds, points, 2, columns). weight: (b, any).
     """
     x = (r - FIRST_KNOT) / step
     index = x.floor().clamp(0, scaled.shape[1] - 2).long()

@@ -12,6 +12,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.blocks.radial import NoTransform, PlainNet, Radial
 
 FIRST_KNOT = 0.1  # A; the first polynomial is continued below
@@ -93,8 +94,8 @@ def sample(
         for t, value in enumerate(radial(x, a, b)):
             # Slopes of all columns at once: the reverse of the reverse pass.
             probe = torch.zeros_like(value, requires_grad=True)
-            (back,) = torch.autograd.grad(value, x, probe, create_graph=True)
-            (slope,) = torch.autograd.grad(back, probe, torch.ones_like(back), retain_graph=True)
+            (back,) = pull_back([value], [x], [probe], create_graph=True)
+            (slope,) = torch.autograd.grad(back.sum(), probe, retain_graph=True)
             values[t].append(value.detach())
             slopes[t].append(slope.detach())
     return [torch.stack(v) for v in values], [torch.stack(s) for s in slopes]

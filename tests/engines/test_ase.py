@@ -1,6 +1,7 @@
 """The ASE calculator: ASE's expectations of a calculator, and physics."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,8 +53,6 @@ class _Charged(LennardJones):
 
 
 def charged() -> _Charged:
-    from dataclasses import replace
-
     base = LennardJones.new(EPSILON, SIGMA, CUTOFF).spec
     return _Charged(
         replace(base, outputs=("atom_energy", "charge"), atomic_energies={"default": {"Ar": -14.0, "Ne": -3.5}})
@@ -156,10 +155,34 @@ def test_every_change_is_noticed():
     assert len({round(e, 9) for e in seen}) == len(seen)  # every change did something
 
 
+def test_nothing_stale_after_a_refused_step():
+    base = charged().spec
+    potential = _Charged(replace(base, species=(10, 18)))
+    atoms = argon(repeat=2)
+    atoms.calc = Calculator(potential)
+    energy, x = atoms.get_potential_energy(), atoms.get_positions()
+    for _ in range(2):
+        atoms.positions[4, 1] = np.nan
+        with pytest.raises(InputError, match=r"atom 4 .*not finite"):
+            atoms.get_forces()
+    atoms.set_positions(x)
+    assert atoms.get_potential_energy() == energy
+    atoms.numbers[3] = 1
+    for _ in range(2):
+        with pytest.raises(InputError, match="atom 3 is H"):
+            atoms.get_forces()
+        atoms.positions[0] += 0.1
+    atoms.numbers[3] = 10
+    fresh = atoms.copy()
+    fresh.calc = Calculator(potential)
+    assert atoms.get_potential_energy() == fresh.get_potential_energy() != energy
+    np.testing.assert_array_equal(atoms.get_stress(), fresh.get_stress())
+
+
 def test_no_call_without_a_change_and_results_are_the_callers(lj, monkeypatch):
     calls = []
-    real = engine.evaluate
-    monkeypatch.setattr(engine, "evaluate", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = engine.call
+    monkeypatch.setattr(engine, "call", lambda *a, **k: calls.append(1) or real(*a, **k))
     atoms = argon(repeat=2)
     atoms.calc = Calculator(lj)
     atoms.get_forces()[:] = 0.0
@@ -269,8 +292,6 @@ def test_bad_input_is_one_line(lj):
 
 
 def test_a_model_that_is_not_conservative_says_so(lj):
-    from dataclasses import replace
-
     with pytest.warns(UserWarning, match="not conservative"):
         Calculator(LennardJones(replace(lj.spec, conservative=False)))
     with warnings.catch_warnings():

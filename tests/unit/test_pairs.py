@@ -109,7 +109,7 @@ def test_stale_list_would_be_wrong():
     system = random_system()
     kept = PairList(4.0, skin=0.5)
     kept.update(system)
-    kept.holds = lambda _: True
+    kept.skin = 100.0
     rng = np.random.default_rng(2)
     moved = system.with_(positions=system.positions + torch.from_numpy(rng.normal(0, 0.8, (system.n_atoms, 3))))
     assert kept.update(moved).n_pairs != pairs(moved, 4.0).n_pairs

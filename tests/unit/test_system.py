@@ -74,3 +74,30 @@ def test_openmm_topology():
     topology.addAtom("X", None, residue)
     with pytest.raises(InputError, match="atom 1"):
         AtomicSystem.from_openmm(topology, np.zeros((2, 3)))
+
+
+def test_a_changed_copy_is_checked_like_a_new_system():
+    system = AtomicSystem.from_ase(bulk("NaCl", "rocksalt", a=5.64))
+    x, cell = system.positions, system.cell
+    moved = system.with_(positions=x + 1.0)
+    assert torch.equal(moved.positions, x + 1.0)
+    assert moved.numbers is system.numbers
+    assert torch.equal(system.positions, x)
+    huge = system.with_(positions=torch.full_like(x, 1e308))  # finite, though its sum is not
+    assert torch.isfinite(huge.positions).all()
+    for changes, match in (
+        ({"positions": x / 0.0 - x / 0.0}, "atom 0 .*not finite"),
+        ({"positions": x[:1]}, "positions must have shape"),
+        ({"positions": x.float()}, "positions must have .*float64"),
+        ({"cell": cell * np.nan}, "cell is not finite"),
+        ({"cell": cell[:, [0, 0, 1]]}, "flat cell"),
+        ({"cell": torch.cat([cell, cell])}, "pbc must have shape"),
+        ({"pbc": system.pbc, "cell": cell * 0}, "no cell"),
+        ({"numbers": system.numbers * 0}, "atomic number 0"),
+        ({"numbers": system.numbers[:1]}, "must have shape"),
+        ({"system_index": system.system_index + 1}, "system_index must lie"),
+    ):
+        with pytest.raises(InputError, match=match):
+            system.with_(**changes)
+    with pytest.raises(TypeError, match="velocities"):
+        system.with_(velocities=x)

@@ -78,6 +78,7 @@ def test_records(bench):
             assert record["left_out"] == (missing(engine, "cpu") or "has no such weights")
             continue
         assert 0 < record["min_ms"] <= record["ms_per_step"] <= record["max_ms"]
+        assert 0 < record["outside_model_ms"] < record["ms_per_step"]
         assert record["steps"] == config.rounds * config.steps
         assert record["pairs"] == pairs(AtomicSystem.from_ase(water_box(atoms // 3)), 4.0).n_pairs
         assert record["us_per_atom"] == pytest.approx(1e3 * record["ms_per_step"] / atoms, rel=1e-2)

@@ -27,8 +27,8 @@ def check_positions(positions: np.ndarray, box: np.ndarray | None, numbers: np.n
     Raises:
         SimulationError: naming the atoms.
     """
-    lost = np.flatnonzero(~np.isfinite(positions).all(axis=1))
-    if len(lost):
+    if not np.isfinite(positions).all():
+        lost = np.flatnonzero(~np.isfinite(positions).all(axis=1))
         raise SimulationError(
             f"{when}: position not finite for atom {name_atoms(lost, numbers)}; shorten the time step or relax first"
         )
@@ -50,6 +50,8 @@ def check_result(
         return
     if forces.shape != (len(numbers), 3):
         raise SimulationError(f"{when}: the model returned forces of shape {forces.shape}, not {(len(numbers), 3)}")
+    if np.vdot(forces, forces) < max_force_eV_A**2:  # what passes here passes below; NaN does not
+        return
     size = np.sqrt((forces * forces).sum(axis=1))
     lost = np.flatnonzero(~np.isfinite(size))
     if len(lost):

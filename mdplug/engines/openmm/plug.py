@@ -26,7 +26,7 @@ from mdplug.deployed import call, check_species, deploy
 from mdplug.engines.openmm.guard import check_positions, check_result, write_frames
 from mdplug.engines.openmm.source import ModelFile, model_of, open_model
 from mdplug.errors import InputError
-from mdplug.pairs import PairList
+from mdplug.pairs import PairList, Pairs
 from mdplug.potential import Model
 from mdplug.spec import Spec
 from mdplug.system import AtomicSystem
@@ -43,6 +43,13 @@ def _name(said: str) -> str:
     """A name that no living callable has; a file's is the same in every run, so that written systems are."""
     token = hashlib.sha256(said.encode()).hexdigest()[:16]
     return _name(said + " again") if token in _living else token
+
+
+def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    # To the last bit, and a small part of the time of np.array_equal.
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
 class Plug:
@@ -77,6 +84,7 @@ class Plug:
         self.last: dict[str, Any] | None = None
         self._source = source
         self._wants_forces = True
+        self._known: tuple[AtomicSystem, np.ndarray | None] | None = None
         self._lock = threading.Lock()
         self._memo: deque[tuple[np.ndarray, np.ndarray | None, dict[str, Any]]] = deque(maxlen=MEMO)
         self._lists: deque[PairList] = deque(maxlen=LISTS)
@@ -145,14 +153,18 @@ class Plug:
         """
         with self._lock:
             for at, around, known in reversed(self._memo):
-                same = np.array_equal(at, positions) and (box is None or np.array_equal(around, box))
+                same = _equal(at, positions) and _equal(around, box)
                 if same and (known["forces"] is not None or not forces):
                     self.memo_hits += 1
                     self.last = known
                     return known
         try:
-            check_positions(positions, box, self.numbers, when)
-            result = self._evaluate(positions, box, forces)
+            try:
+                system = self._system(positions, box)
+            except InputError:
+                check_positions(positions, box, self.numbers, when)  # says it with the step and the elements
+                raise
+            result = self._evaluate(system, forces)
             check_result(result["energy"], result["forces"], self.numbers, self.options["max_force_eV_A"], when)
         except Exception as error:
             try:
@@ -165,30 +177,46 @@ class Plug:
             self.last = result
         return result
 
-    def _evaluate(self, positions: np.ndarray, box: np.ndarray | None, forces: bool) -> dict[str, Any]:
-        system = AtomicSystem.from_arrays(
-            self.numbers, positions, box, box is not None,
-            charge=self.options["charge"], spin=self.options["spin"], device=self._device,
-        )  # fmt: skip
-        pair_list = self._take_list(system)
-        pairs = pair_list.update(system)
+    def _evaluate(self, system: AtomicSystem, forces: bool) -> dict[str, Any]:
+        pairs = self._pairs(system)
         with self._lock:
-            self._lists.append(pair_list)
             self.evaluations += 1
         result: dict[str, Any] = dict(call(self._deployed, system, pairs, forces))
-        result["energy"] = float(result["energy"][0])
+        result["energy"] = float(result["energy"])
         result["forces"] = result["forces"].cpu().numpy() if forces else None
         result["virial"] = result["virial"][0].cpu().numpy() if forces else None
         return result
 
-    def _take_list(self, system: AtomicSystem) -> PairList:
-        """A pair list that holds for this system, out of reach of other threads; else a new one."""
+    def _system(self, positions: np.ndarray, box: np.ndarray | None) -> AtomicSystem:
+        """The atoms at these positions; of the last system, what has not changed."""
+        if self._known is None:
+            system = AtomicSystem.from_arrays(
+                self.numbers, positions, box, box is not None,
+                charge=self.options["charge"], spin=self.options["spin"], device=self._device,
+            )  # fmt: skip
+        else:
+            system, around = self._known
+            tensors = {"positions": torch.from_numpy(positions.copy()).to(self._device)}
+            if box is not None and not _equal(box, around):
+                tensors["cell"] = torch.from_numpy(box[None].copy()).to(self._device)
+            system = system.with_(**tensors)
+        self._known = (system, box)
+        return system
+
+    def _pairs(self, system: AtomicSystem) -> Pairs:
+        """By a stored list that holds for this system, else by a new one."""
         with self._lock:
             for k, candidate in enumerate(self._lists):
-                if candidate.holds(system):
-                    del self._lists[k]
-                    return candidate
-        return PairList(self.potential.spec.cutoff, skin=self.options["skin_A"])
+                found = candidate.reuse(system)
+                if found is not None:
+                    del self._lists[k]  # the newest stands last: the oldest is dropped first
+                    self._lists.append(candidate)
+                    return found
+        new = PairList(self.potential.spec.cutoff, skin=self.options["skin_A"])
+        found = new.update(system)
+        with self._lock:
+            self._lists.append(new)
+        return found
 
     def _save(self, positions: np.ndarray, box: np.ndarray | None) -> None:
         if self.options["bad_frame"] is not None:

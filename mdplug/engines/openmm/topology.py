@@ -83,16 +83,21 @@ def guess_bonds(atoms: "ase.Atoms") -> list[tuple[int, int]]:
 
 def molecules_of(n_atoms: int, bonds: list[tuple[int, int]]) -> list[list[int]]:
     """Connected atoms, each molecule sorted, molecules ordered by their first atom."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
+    least = list(range(n_atoms))  # towards the first atom of its molecule; scipy's own takes 0.3 s to import
 
-    pairs = np.array(bonds, dtype=np.int64).reshape(-1, 2)
-    graph = coo_matrix((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n_atoms, n_atoms))
-    label = connected_components(graph, directed=False)[1]
+    def first(atom: int) -> int:
+        while least[atom] != atom:
+            least[atom] = least[least[atom]]
+            atom = least[atom]
+        return atom
+
+    for i, j in bonds:
+        a, b = sorted((first(int(i)), first(int(j))))
+        least[b] = a
     groups: dict[int, list[int]] = {}
-    for atom, which in enumerate(label):
-        groups.setdefault(int(which), []).append(atom)
-    return sorted(groups.values())
+    for atom in range(n_atoms):
+        groups.setdefault(first(atom), []).append(atom)
+    return list(groups.values())
 
 
 def topology_from_ase(
