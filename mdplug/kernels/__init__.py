@@ -15,23 +15,31 @@ LIBRARY = "libmdplug_kernels.so"
 NEEDS = (2, 10)  # torch whose stable C interface has what the library uses
 
 
+def _torch() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
 @cache
-def why_not() -> str:
-    """Why the native library is not in use; empty where it is. Says so once, as a warning, where it is missing."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < NEEDS:
+def load() -> str:
+    """Loads the native library; why that cannot be, or nothing."""
+    if _torch() < NEEDS:
         return f"torch {torch.__version__} is older than {NEEDS[0]}.{NEEDS[1]}"
     path = Path(__file__).with_name(LIBRARY)
     if not path.exists():
-        reason = f"{LIBRARY} was not built; reinstall mdplug where a C++ compiler is, or take a released wheel"
-    else:
-        try:
-            torch.ops.load_library(str(path))
-        except (OSError, RuntimeError) as error:
-            reason = f"{path} does not load: {error}"
-        else:
-            return ""
-    warnings.warn(f"potentials run in plain torch, several times slower: {reason}", stacklevel=2)
+        return f"{LIBRARY} was not built; reinstall mdplug where a C++ compiler is, or take a released wheel"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path} does not load: {error}"
+    return ""
+
+
+@cache
+def why_not() -> str:
+    """Why the native library is not in use; empty where it is. Says so once, as a warning, where it is missing."""
+    reason = load()
+    if reason and _torch() >= NEEDS:
+        warnings.warn(f"potentials run in plain torch, several times slower: {reason}", stacklevel=2)
     return reason
 
 

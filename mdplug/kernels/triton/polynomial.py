@@ -1,0 +1,144 @@
+"""Sparse polynomials of an atom's features, written out: one program for each atom and block of channels.
+
+Products are made depth first, so that few of them live in registers at a time: a product, all terms that use it, then
+the products it is a factor of. The adjoint walks the same tree and adds up each product's cotangent on the way back.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdplug.kernels.triton.source import channel_block, compiled, contiguous, launch, memo
+
+CHANNELS = {torch.float32: 64, torch.float64: 32}  # of one program, which is one warp
+
+
+class Tree:
+    """The products of a polynomial by the entry that each grows from.
+
+    Attributes:
+        children: entry -> [(product, other factor)], the other factor being an input.
+        uses: entry -> [(output, term)].
+    """
+
+    def __init__(self, n_inputs: int, nodes: list[list[int]], term: list[int], starts: list[int]):
+        self.n_inputs, self.nodes = n_inputs, nodes
+        n = n_inputs + len(nodes)
+        self.children: list[list[tuple[int, int]]] = [[] for _ in range(n)]
+        self.uses: list[list[tuple[int, int]]] = [[] for _ in range(n)]
+        for number, (a, b) in enumerate(nodes):
+            if min(a, b) >= n_inputs:
+                raise RuntimeError("mdplug kernels: a product of a polynomial has no input among its factors")
+            self.children[max(a, b)].append((n_inputs + number, min(a, b)))
+        for o in range(len(starts) - 1):
+            for t in range(starts[o], starts[o + 1]):
+                self.uses[term[t]].append((o, t))
+        self.n_terms, self.n_outputs = len(term), len(starts) - 1
+
+
+def _start(
+    name: str, arguments: str, tree: Tree, k: int, block: int, size: int, n_blocks: int
+) -> tuple[list[str], str]:
+    """First lines of a kernel, and what masks a load (with a zero) and a store."""
+    lines = [
+        f"@triton.jit(do_not_specialize=['n'])\ndef {name}({arguments}, n):",
+        "i = tl.program_id(0).to(tl.int64)",
+        f"channel = tl.program_id(1) * {block} + tl.arange(0, {block})",
+        f"weight = coefficients + tl.load(kind + i).to(tl.int64) * {n_blocks * tree.n_terms * size}"
+        f" + (channel // {size}) * {tree.n_terms * size} + channel % {size}",
+    ]
+    if k % block:
+        lines.append(f"inside = channel < {k}")
+    mask = ", inside, 0.0" if k % block else ""
+    lines += [f"x{m} = tl.load(inputs + ({m} * n + i) * {k} + channel{mask})" for m in range(tree.n_inputs)]
+    return lines, mask
+
+
+def _text(lines: list[str]) -> str:
+    return "\n    ".join(lines) + "\n"
+
+
+@cache
+def _forward(tree: Tree, k: int, block: int, size: int, n_blocks: int) -> Any:
+    arguments = "inputs, coefficients, kind, out"
+    lines, mask = _start("polynomial", arguments, tree, k, block, size, n_blocks)
+    lines += [f"a{o} = tl.zeros(({block},), out.dtype.element_ty)" for o in range(tree.n_outputs)]
+
+    def visit(entry: int) -> None:
+        lines.extend(f"a{o} += tl.load(weight + {t * size}{mask}) * x{entry}" for o, t in tree.uses[entry])
+        for product, factor in tree.children[entry]:
+            lines.append(f"x{product} = x{entry} * x{factor}")
+            visit(product)
+
+    for m in range(tree.n_inputs):
+        visit(m)
+    stored = mask.removesuffix(", 0.0")
+    lines += [f"tl.store(out + ({o} * n + i) * {k} + channel, a{o}{stored})" for o in range(tree.n_outputs)]
+    return compiled("polynomial", _text(lines))
+
+
+@cache
+def _backward(tree: Tree, k: int, block: int, size: int, n_blocks: int) -> Any:
+    arguments = "inputs, coefficients, kind, grad, grad_inputs"
+    lines, mask = _start("polynomial_backward", arguments, tree, k, block, size, n_blocks)
+    lines += [f"g{o} = tl.load(grad + ({o} * n + i) * {k} + channel{mask})" for o in range(tree.n_outputs)]
+    zeros = f"tl.zeros(({block},), grad_inputs.dtype.element_ty)"
+    lines += [f"d{m} = {zeros}" for m in range(tree.n_inputs)]
+
+    def visit(entry: int) -> None:
+        if entry >= tree.n_inputs and not tree.uses[entry]:
+            lines.append(f"d{entry} = {zeros}")
+        for number, (o, t) in enumerate(tree.uses[entry]):
+            sign = "=" if entry >= tree.n_inputs and number == 0 else "+="
+            lines.append(f"d{entry} {sign} tl.load(weight + {t * size}{mask}) * g{o}")
+        for product, factor in tree.children[entry]:
+            lines.append(f"x{product} = x{entry} * x{factor}")
+            visit(product)
+            lines.extend([f"d{entry} += d{product} * x{factor}", f"d{factor} += d{product} * x{entry}"])
+
+    for m in range(tree.n_inputs):
+        visit(m)
+    stored = mask.removesuffix(", 0.0")
+    lines += [f"tl.store(grad_inputs + ({m} * n + i) * {k} + channel, d{m}{stored})" for m in range(tree.n_inputs)]
+    return compiled("polynomial_backward", _text(lines))
+
+
+def _kernel(
+    make: Any, inputs: Tensor, coefficients: Tensor, kind: Tensor, nodes: Tensor, term: Tensor, starts: Tensor
+) -> tuple[Any, tuple[int, int]]:
+    """The kernel for these arguments, and its grid."""
+    contiguous(inputs.dtype, inputs=inputs, coefficients=coefficients)
+    contiguous(torch.int32, kind=kind)
+    n_inputs, n, k = inputs.shape
+    block = channel_block(k, CHANNELS[inputs.dtype])
+    shape = (k, block, coefficients.shape[3], coefficients.shape[1])
+    structure = (nodes, term, starts)
+
+    def made() -> Tree:
+        return Tree(n_inputs, *(tensor.tolist() for tensor in structure))
+
+    tree = memo.get(structure, n_inputs, made)
+    return make(tree, *shape), (n, -(-k // block))
+
+
+def polynomial(
+    inputs: Tensor, coefficients: Tensor, kind: Tensor, nodes: Tensor, term: Tensor, starts: Tensor
+) -> Tensor:
+    """See reference.polynomial."""
+    kernel, grid = _kernel(_forward, inputs, coefficients, kind, nodes, term, starts)
+    out = inputs.new_empty(starts.shape[0] - 1, *inputs.shape[1:])
+    launch(kernel, grid, (inputs, coefficients, kind, out, inputs.shape[1]), {})
+    return out
+
+
+def polynomial_backward(
+    inputs: Tensor, coefficients: Tensor, kind: Tensor, nodes: Tensor, term: Tensor, starts: Tensor, grad: Tensor
+) -> Tensor:
+    """(M, n, k) cotangent of the inputs."""
+    kernel, grid = _kernel(_backward, inputs, coefficients, kind, nodes, term, starts)
+    contiguous(inputs.dtype, grad=grad)
+    out = torch.empty_like(inputs)
+    launch(kernel, grid, (inputs, coefficients, kind, grad, out, inputs.shape[1]), {})
+    return out
