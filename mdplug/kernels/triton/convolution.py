@@ -17,7 +17,7 @@ from mdplug.kernels.triton.source import channel_block, compiled, contiguous, la
 
 # Of one program, which is one warp. To be tuned on a device.
 CHANNELS = {torch.float32: 64, torch.float64: 32}
-CHANNELS_BACKWARD = {torch.float32: 128, torch.float64: 64}
+CHANNELS_BACKWARD = {torch.float32: 64, torch.float64: 32}
 MESSAGES = 48  # sums of one kernel, each 1 or 2 registers wide for each 32 channels
 
 

@@ -2,9 +2,9 @@
 
 Products are made depth first, so that few of them live in registers at a time: a product, all terms that use it, then
 the products it is a factor of. The adjoint walks the same tree and adds up each product's cotangent on the way back.
+A kernel has some of the outputs: the time that Triton compiles grows with the square of the terms.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,29 +13,43 @@ from torch import Tensor
 from mdplug.kernels.triton.source import channel_block, compiled, contiguous, launch, memo
 
 CHANNELS = {torch.float32: 64, torch.float64: 32}  # of one program, which is one warp
+TERMS = 160
 
 
 class Tree:
-    """The products of a polynomial by the entry that each grows from.
+    """What some outputs o need of a polynomial.
+
+    Args:
+        n_inputs: M. nodes: factors of each product. term: the entry of each term. starts: of each output.
 
     Attributes:
-        children: entry -> [(product, other factor)], the other factor being an input.
-        uses: entry -> [(output, term)].
+        children: entry -> [(product that grows from it, the other factor)]. uses: entry -> [(output, term)].
     """
 
-    def __init__(self, n_inputs: int, nodes: list[list[int]], term: list[int], starts: list[int]):
-        self.n_inputs, self.nodes = n_inputs, nodes
-        n = n_inputs + len(nodes)
-        self.children: list[list[tuple[int, int]]] = [[] for _ in range(n)]
-        self.uses: list[list[tuple[int, int]]] = [[] for _ in range(n)]
-        for number, (a, b) in enumerate(nodes):
-            if min(a, b) >= n_inputs:
-                raise RuntimeError("mdplug kernels: a product of a polynomial has no input among its factors")
-            self.children[max(a, b)].append((n_inputs + number, min(a, b)))
-        for o in range(len(starts) - 1):
+    def __init__(self, n_inputs: int, nodes: list[list[int]], term: list[int], starts: list[int], outputs: range):
+        self.n_inputs, self.n_terms, self.outputs = n_inputs, len(term), outputs
+        self.children: list[list[tuple[int, int]]] = [[] for _ in range(n_inputs + len(nodes))]
+        self.uses: list[list[tuple[int, int]]] = [[] for _ in range(n_inputs + len(nodes))]
+        for o in outputs:
             for t in range(starts[o], starts[o + 1]):
                 self.uses[term[t]].append((o, t))
-        self.n_terms, self.n_outputs = len(term), len(starts) - 1
+        for number in range(len(nodes) - 1, -1, -1):
+            low, high = sorted(nodes[number])
+            if low >= n_inputs:
+                raise RuntimeError("mdplug kernels: a product of a polynomial has no input among its factors")
+            entry = n_inputs + number
+            if self.uses[entry] or self.children[entry]:
+                self.children[high].insert(0, (entry, low))
+
+
+def _split(starts: list[int]) -> list[range]:
+    """Outputs that follow one another, of TERMS terms at most where one has no more."""
+    parts, begin = [], 0
+    for o in range(1, len(starts)):
+        if o == len(starts) - 1 or starts[o + 1] - starts[begin] > TERMS:
+            parts.append(range(begin, o))
+            begin = o
+    return parts
 
 
 def _start(
@@ -60,11 +74,10 @@ def _text(lines: list[str]) -> str:
     return "\n    ".join(lines) + "\n"
 
 
-@cache
 def _forward(tree: Tree, k: int, block: int, size: int, n_blocks: int) -> Any:
     arguments = "inputs, coefficients, kind, out"
     lines, mask = _start("polynomial", arguments, tree, k, block, size, n_blocks)
-    lines += [f"a{o} = tl.zeros(({block},), out.dtype.element_ty)" for o in range(tree.n_outputs)]
+    lines += [f"a{o} = tl.zeros(({block},), out.dtype.element_ty)" for o in tree.outputs]
 
     def visit(entry: int) -> None:
         lines.extend(f"a{o} += tl.load(weight + {t * size}{mask}) * x{entry}" for o, t in tree.uses[entry])
@@ -75,17 +88,19 @@ def _forward(tree: Tree, k: int, block: int, size: int, n_blocks: int) -> Any:
     for m in range(tree.n_inputs):
         visit(m)
     stored = mask.removesuffix(", 0.0")
-    lines += [f"tl.store(out + ({o} * n + i) * {k} + channel, a{o}{stored})" for o in range(tree.n_outputs)]
+    lines += [f"tl.store(out + ({o} * n + i) * {k} + channel, a{o}{stored})" for o in tree.outputs]
     return compiled("polynomial", _text(lines))
 
 
-@cache
 def _backward(tree: Tree, k: int, block: int, size: int, n_blocks: int) -> Any:
     arguments = "inputs, coefficients, kind, grad, grad_inputs"
     lines, mask = _start("polynomial_backward", arguments, tree, k, block, size, n_blocks)
-    lines += [f"g{o} = tl.load(grad + ({o} * n + i) * {k} + channel{mask})" for o in range(tree.n_outputs)]
+    lines += [f"g{o} = tl.load(grad + ({o} * n + i) * {k} + channel{mask})" for o in tree.outputs]
     zeros = f"tl.zeros(({block},), grad_inputs.dtype.element_ty)"
-    lines += [f"d{m} = {zeros}" for m in range(tree.n_inputs)]
+    if tree.outputs.start == 0:
+        lines += [f"d{m} = {zeros}" for m in range(tree.n_inputs)]
+    else:  # on top of what other outputs gave
+        lines += [f"d{m} = tl.load(grad_inputs + ({m} * n + i) * {k} + channel{mask})" for m in range(tree.n_inputs)]
 
     def visit(entry: int) -> None:
         if entry >= tree.n_inputs and not tree.uses[entry]:
@@ -105,31 +120,31 @@ def _backward(tree: Tree, k: int, block: int, size: int, n_blocks: int) -> Any:
     return compiled("polynomial_backward", _text(lines))
 
 
-def _kernel(
+def _kernels(
     make: Any, inputs: Tensor, coefficients: Tensor, kind: Tensor, nodes: Tensor, term: Tensor, starts: Tensor
-) -> tuple[Any, tuple[int, int]]:
-    """The kernel for these arguments, and its grid."""
+) -> tuple[list[Any], tuple[int, int]]:
+    """The kernels for these arguments, and their grid."""
     contiguous(inputs.dtype, inputs=inputs, coefficients=coefficients)
     contiguous(torch.int32, kind=kind)
     n_inputs, n, k = inputs.shape
     block = channel_block(k, CHANNELS[inputs.dtype])
     shape = (k, block, coefficients.shape[3], coefficients.shape[1])
-    structure = (nodes, term, starts)
 
-    def made() -> Tree:
-        return Tree(n_inputs, *(tensor.tolist() for tensor in structure))
+    def made() -> list[Any]:
+        structure = (nodes.tolist(), term.tolist(), starts.tolist())
+        return [make(Tree(n_inputs, *structure, outputs), *shape) for outputs in _split(structure[2])]
 
-    tree = memo.get(structure, n_inputs, made)
-    return make(tree, *shape), (n, -(-k // block))
+    return memo.get((nodes, term, starts), (make, n_inputs, *shape), made), (n, -(-k // block))
 
 
 def polynomial(
     inputs: Tensor, coefficients: Tensor, kind: Tensor, nodes: Tensor, term: Tensor, starts: Tensor
 ) -> Tensor:
     """See reference.polynomial."""
-    kernel, grid = _kernel(_forward, inputs, coefficients, kind, nodes, term, starts)
+    kernels, grid = _kernels(_forward, inputs, coefficients, kind, nodes, term, starts)
     out = inputs.new_empty(starts.shape[0] - 1, *inputs.shape[1:])
-    launch(kernel, grid, (inputs, coefficients, kind, out, inputs.shape[1]), {})
+    for kernel in kernels:
+        launch(kernel, grid, (inputs, coefficients, kind, out, inputs.shape[1]), {})
     return out
 
 
@@ -137,8 +152,9 @@ def polynomial_backward(
     inputs: Tensor, coefficients: Tensor, kind: Tensor, nodes: Tensor, term: Tensor, starts: Tensor, grad: Tensor
 ) -> Tensor:
     """(M, n, k) cotangent of the inputs."""
-    kernel, grid = _kernel(_backward, inputs, coefficients, kind, nodes, term, starts)
+    kernels, grid = _kernels(_backward, inputs, coefficients, kind, nodes, term, starts)
     contiguous(inputs.dtype, grad=grad)
     out = torch.empty_like(inputs)
-    launch(kernel, grid, (inputs, coefficients, kind, grad, out, inputs.shape[1]), {})
+    for kernel in kernels:
+        launch(kernel, grid, (inputs, coefficients, kind, grad, out, inputs.shape[1]), {})
     return out

@@ -4,6 +4,7 @@ import linecache
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from functools import cache
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from mdplug.kernels.triton import radial
 @cache
 def compiled(name: str, text: str) -> Any:
     """The Triton kernel `name` of generated source."""
-    filename = f"<mdplug {name} {hash(text):x}>"
+    filename = f"<mdplug {name} {sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)  # Triton reads the source
     scope: dict[str, Any] = {"__name__": f"{__name__}.{name}", "triton": triton, "tl": tl, "knot": radial.knot}
     exec(compile(text, filename, "exec"), scope)
