@@ -4,6 +4,8 @@ from functools import cache
 
 import torch
 
+from mdplug.kernels import load
+
 _RADIAL = "Tensor table, Tensor values, Tensor r, Tensor kind"
 _KNOTS = "int begin, int end, float first_knot, float step, int per_kind"
 _HARMONICS = "Tensor vectors, Tensor r, Tensor left, Tensor right, Tensor table, int l_max"
@@ -31,8 +33,6 @@ SCHEMAS = {
 @cache
 def define() -> torch.library.Library | None:
     """Sees to it that the operators have their schemas, once in a process: from the native library, or from here."""
-    from mdplug.kernels import load
-
     if not load():
         return None  # the library has defined them
     library = torch.library.Library("mdplug", "FRAGMENT")

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 import torch
 
+from mdplug.kernels.schemas import define
+
 _registered: list[torch.library.Library] = []  # a registration lasts as long as its object
 
 
@@ -31,8 +33,6 @@ def operators() -> dict[str, Callable]:
 
 def register() -> None:
     """Give torch.ops.mdplug these operators for CUDA tensors; once in a process."""
-    from mdplug.kernels.schemas import define
-
     if _registered:
         return
     found, schemas = operators(), define()
