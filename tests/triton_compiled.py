@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mdplug.kernels.triton import convolution, density, harmonics, operators, polynomial
+from mdplug.kernels.triton.source import OPTIONS
 from mdplug.potentials.blocks.contraction import SymmetricContraction, sparse_polynomial
 from mdplug.potentials.blocks.convolution import paths
 from mdplug.potentials.blocks.kernel_graph import coupling
@@ -40,7 +41,7 @@ def used(monkeypatch, tmp_path):
         aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds) if kind != "i32"}
         fixed = {(names.index(name),): value for name, value in constants.items()}
         source = ASTSource(kernel, signature, fixed, aligned)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **OPTIONS})
         cubin = tmp_path / "kernel.cubin"
         cubin.write_bytes(made.asm["cubin"])
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)

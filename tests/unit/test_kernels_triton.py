@@ -51,8 +51,10 @@ def test_interpreted(which, tmp_path):
 
 @needs_triton
 @pytest.mark.slow
-def test_interpreted_many_pairs(tmp_path):
-    in_process("triton_interpreted.py", tmp_path, "-m", "slow", TRITON_INTERPRET="1")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("which", ["density", "convolution and dtype0", "convolution and dtype1", "mace"])
+def test_interpreted_at_length(which, tmp_path):
+    in_process("triton_interpreted.py", tmp_path, "-m", "slow", "-k", f"test_{which}", TRITON_INTERPRET="1")
 
 
 @needs_triton

@@ -15,6 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mdplug.kernels.triton import radial
 
+OPTIONS = {"enable_fp_fusion": True}  # its default is about to change, and sums of products are all there is here
+
 
 @cache
 def compiled(name: str, text: str) -> Any:
@@ -32,7 +34,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict
         return
     on = torch.cuda.device(arguments[0].device) if arguments[0].is_cuda else nullcontext()
     with on:
-        kernel[grid](*arguments, **constants, num_warps=warps)
+        kernel[grid](*arguments, **constants, num_warps=warps, **OPTIONS)
 
 
 class Memo:
