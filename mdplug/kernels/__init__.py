@@ -15,11 +15,14 @@ LIBRARY = "libmdplug_kernels.so"
 NEEDS = (2, 10)  # torch whose stable C interface has what the library uses
 
 
+def _torch() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
 @cache
-def _load() -> str:
-    """Load the library; the reason where that fails, else empty."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < NEEDS:
+def load() -> str:
+    """Loads the native library; why that cannot be, or nothing."""
+    if _torch() < NEEDS:
         return f"torch {torch.__version__} is older than {NEEDS[0]}.{NEEDS[1]}"
     path = Path(__file__).with_name(LIBRARY)
     if not path.exists():
@@ -34,8 +37,8 @@ def _load() -> str:
 @cache
 def why_not() -> str:
     """Why the native library is not in use; empty where it is. Says so once, as a warning, where it is missing."""
-    reason = _load()
-    if reason:
+    reason = load()
+    if reason and _torch() >= NEEDS:
         warnings.warn(f"potentials run in plain torch, several times slower: {reason}", stacklevel=2)
     return reason
 
@@ -47,7 +50,7 @@ def available() -> bool:
 
 def serves(tensor: torch.Tensor) -> bool:
     """Whether the library is there, without a word where it is not, and for this tensor's device."""
-    return tensor.device.type == "cpu" and not _load()
+    return tensor.device.type == "cpu" and not load()
 
 
 def instruction_set() -> str:

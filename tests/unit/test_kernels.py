@@ -6,159 +6,78 @@ import numpy as np
 import pytest
 import torch
 from contract import check, liquid
+from kernel_cases import (
+    CONVOLUTION,
+    DENSITY,
+    DTYPES,
+    GRAPH,
+    HARMONICS,
+    POLYNOMIAL,
+    check_convolution,
+    check_density,
+    check_graph,
+    check_harmonics,
+    check_polynomial,
+)
 from mace_models import CONTRACT, FURTHER, box, build
 
 import mdplug
 from mdplug import kernels
 from mdplug.deployed import Deployed, evaluate
-from mdplug.kernels import reference
 from mdplug.pairs import pairs
-from mdplug.potentials.blocks.contraction import SymmetricContraction, sparse_polynomial
-from mdplug.potentials.blocks.convolution import paths
-from mdplug.potentials.blocks.harmonics import SphericalHarmonics
-from mdplug.potentials.blocks.kernel_graph import coupling
-from mdplug.potentials.blocks.knots import LANES, in_blocks
 from mdplug.potentials.mace_kernels import KernelMACE
 from mdplug.system import AtomicSystem
 
 native = pytest.mark.skipif(not kernels.available(), reason="the native library is not there")
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
-
-
-def close(got, wanted):
-    scale = max(float(wanted.abs().max()), 1e-3) if wanted.numel() else 1.0
-    torch.testing.assert_close(got, wanted, atol=TOLERANCE[wanted.dtype] * scale, rtol=0)
-
-
-def scene(n, degree, dtype, seed=0, ghosts=0, l_max=3):
-    """Random pairs by receiver: some atoms have none. Returns vectors, r, sender, first, harmonics."""
-    g = torch.Generator().manual_seed(seed)
-    counts = torch.randint(0, degree + 1, (n,), generator=g)
-    if n > 2:
-        counts[1] = 0  # an isolated atom
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
-    e = int(first[-1])
-    sender = torch.randint(0, max(n + ghosts, 1), (e,), generator=g).to(torch.int32)
-    vectors = torch.randn(e, 3, generator=g, dtype=torch.float64)
-    vectors = (vectors * (0.2 + 3 * torch.rand(e, 1, generator=g)) / vectors.norm(dim=1, keepdim=True)).to(dtype)
-    r = vectors.norm(dim=1)
-    module = SphericalHarmonics(l_max, dtype)
-    left, right = module.products()
-    y = torch.ops.mdplug.harmonics(vectors, r, left, right, module.table, l_max)
-    return vectors, r, sender, first, y, (left, right, module.table), g
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+tables = pytest.mark.parametrize("tabulated", [True, False])
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("l_max", [0, 1, 2, 3, 4])
+@dtypes
+@pytest.mark.parametrize("case", GRAPH)
+def test_graph(case, dtype):
+    check_graph(torch.ops.mdplug, *case, dtype)
+
+
+@native
+@dtypes
+@pytest.mark.parametrize("l_max", HARMONICS)
 def test_harmonics(dtype, l_max):
-    for n in (0, 1, 7, 40):
-        vectors, r, _, _, y, tables, g = scene(n, 9, dtype, l_max=l_max)
-        arguments = (vectors, r, *tables, l_max)
-        close(y, reference.harmonics(*arguments))
-        grad, grad_r = torch.randn(y.shape, generator=g).to(dtype), torch.randn(len(r), generator=g).to(dtype)
-
-        def whole(v, arguments=arguments, grad=grad, grad_r=grad_r):
-            r = v.norm(dim=1)
-            return (reference.harmonics(v, r, *arguments[2:]) * grad).sum() + (r * grad_r).sum()
-
-        wanted = torch.autograd.functional.jacobian(whole, vectors.double()) if dtype == torch.float64 else None
-        got = torch.ops.mdplug.harmonics_backward(*arguments, grad, grad_r)
-        if wanted is not None:
-            close(got, wanted)
-        assert got.shape == vectors.shape
+    check_harmonics(torch.ops.mdplug, dtype, l_max)
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("tabulated", [True, False])
-@pytest.mark.parametrize(("n", "degree", "b", "kinds"), [(0, 3, 8, 1), (1, 0, 8, 2), (3, 5, 5, 1), (40, 30, 24, 89)])
-def test_density(dtype, tabulated, n, degree, b, kinds):
-    _, r, _, first, y, _, g = scene(n, degree, dtype)
-    e, knots, table_kinds = len(r), 17, 2
-    table = torch.randn(table_kinds * knots, 3, b, generator=g).to(dtype) if tabulated else torch.zeros(0, dtype=dtype)
-    values = torch.zeros(0, dtype=dtype) if tabulated else torch.randn(e, b, generator=g).to(dtype)
-    kind = torch.randint(0, table_kinds, (e,), generator=g).to(torch.int32)
-    species = torch.randint(0, kinds, (e,), generator=g).to(torch.int32)
-    arguments = (y, table, values, r, kind, species, first, kinds, 0, n, 0.1, 0.2, knots)
-    got = torch.ops.mdplug.density(*arguments)
-    close(got, reference.density(*arguments))
-    grad = torch.randn(got.shape, generator=g).to(dtype)
-    wanted = reference.adjoint(reference.density, arguments, grad, (0, 3 if tabulated else 2))
-    for one, other in zip(torch.ops.mdplug.density_backward(*arguments, grad), wanted, strict=True):
-        close(one, other)
+@dtypes
+@tables
+@pytest.mark.parametrize("case", DENSITY)
+def test_density(dtype, tabulated, case):
+    check_density(torch.ops.mdplug, dtype, tabulated, *case)
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("tabulated", [True, False])
-@pytest.mark.parametrize(
-    ("n", "degree", "k", "l_in", "l_max"),
-    [(0, 3, 8, 1, 2), (1, 0, 4, 0, 3), (3, 6, 5, 1, 3), (21, 9, 32, 0, 3), (9, 7, 17, 2, 3), (70, 9, 33, 1, 2)],
-)
-def test_convolution(dtype, tabulated, n, degree, k, l_in, l_max):
-    ghosts = 2
-    _, r, sender, first, y, _, g = scene(n, degree, dtype, ghosts=ghosts, l_max=l_max)
-    e, knots = len(r), 17
-    of = paths(l_in, l_max)
-    index, value = coupling(of)
-    block = LANES[dtype] * (2 if k % (2 * LANES[dtype]) == 0 else 1)
-    sent = torch.randn((l_in + 1) ** 2, n + ghosts, k, generator=g).to(dtype)
-    table = values = torch.zeros(0, dtype=dtype)
-    if tabulated:
-        flat = torch.randn(2 * knots, len(of) * 3, k, generator=g).to(dtype)
-        shape = (-1, 2 * knots, len(of), 3, block)
-        table = in_blocks(flat, block).transpose(0, 1).reshape(shape).contiguous()
-    else:
-        values = torch.randn(e, len(of), k, generator=g).to(dtype)
-    kind = torch.randint(0, 2, (e,), generator=g).to(torch.int32)
-    arguments = (
-        sent, y, table, values, r, kind, sender, first, torch.tensor(of, dtype=torch.int32), torch.from_numpy(index),
-        torch.from_numpy(value), 0, n, 0.1, 0.2, knots,
-    )  # fmt: skip
-    got = torch.ops.mdplug.convolution(*arguments)
-    close(got, reference.convolution(*arguments))
-    grad = torch.randn(got.shape, generator=g).to(dtype)
-    wanted = reference.adjoint(reference.convolution, arguments, grad, (0, 1, 4 if tabulated else 3))
-    native_adjoint = torch.ops.mdplug.convolution_backward(*arguments, grad)
-    for one, other in zip(native_adjoint, wanted, strict=True):
-        close(one, other)
+@dtypes
+@tables
+@pytest.mark.parametrize("case", CONVOLUTION)
+def test_convolution(dtype, tabulated, case):
+    ops = torch.ops.mdplug
+    arguments, grad = check_convolution(ops, dtype, tabulated, *case)
+    wanted = (ops.convolution(*arguments), *ops.convolution_backward(*arguments, grad))
     threads = torch.get_num_threads()
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            assert torch.equal(torch.ops.mdplug.convolution(*arguments), got)
-            again = torch.ops.mdplug.convolution_backward(*arguments, grad)
-            assert all(torch.equal(a, b) for a, b in zip(again, native_adjoint, strict=True))
+            got = (ops.convolution(*arguments), *ops.convolution_backward(*arguments, grad))
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     finally:
         torch.set_num_threads(threads)
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("l_out", "degree", "k", "n"), [(0, 3, 5, 0), (1, 3, 16, 1), (2, 2, 17, 9), (0, 1, 3, 4)])
-def test_polynomial(dtype, l_out, degree, k, n):
-    g = torch.Generator().manual_seed(1)
-    module = SymmetricContraction(2, l_out, degree, 89, k, torch.float64)
-    for parameter in module.parameters():
-        parameter.data.normal_(generator=g)
-    nodes, term, starts, coefficients = sparse_polynomial(module)
-    kind = torch.sort(torch.randint(0, 89, (n,), generator=g)).values
-    inputs = torch.randn(9, n, k, generator=g).to(dtype)
-    arguments = (
-        inputs, in_blocks(coefficients.to(dtype), LANES[dtype]), kind.to(torch.int32), torch.from_numpy(nodes),
-        torch.from_numpy(term), torch.from_numpy(starts),
-    )  # fmt: skip
-    got = torch.ops.mdplug.polynomial(*arguments)
-    close(got, reference.polynomial(*arguments))
-    grad = torch.randn(got.shape, generator=g).to(dtype)
-    (wanted,) = reference.adjoint(reference.polynomial, arguments, grad, (0,))
-    close(torch.ops.mdplug.polynomial_backward(*arguments, grad), wanted)
-    if n:  # the definition of the definition: the dense form that training uses
-        sizes = torch.bincount(kind, minlength=89)
-        present = torch.nonzero(sizes).squeeze(1)
-        dense = module(inputs.double(), present, sizes[present].tolist(), list(range(len(present))))
-        close(got, dense.detach().to(dtype))
+@dtypes
+@pytest.mark.parametrize("case", POLYNOMIAL)
+def test_polynomial(dtype, case):
+    check_polynomial(torch.ops.mdplug, dtype, *case)
 
 
 @native
