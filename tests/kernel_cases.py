@@ -13,6 +13,7 @@ from mdplug.potentials.blocks.contraction import SymmetricContraction, sparse_po
 from mdplug.potentials.blocks.convolution import paths
 from mdplug.potentials.blocks.harmonics import SphericalHarmonics
 from mdplug.potentials.blocks.kernel_graph import coupling
+from mdplug.potentials.blocks.kernel_layer import packed
 from mdplug.potentials.blocks.knots import LANES, in_blocks
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -23,6 +24,9 @@ CONVOLUTION = [  # atoms, neighbours, channels, l_in, l_max
     (0, 3, 8, 1, 2), (1, 0, 4, 0, 3), (3, 6, 5, 1, 3), (21, 9, 32, 0, 3), (9, 7, 17, 2, 3), (70, 9, 33, 1, 2),
 ]  # fmt: skip
 POLYNOMIAL = [(0, 3, 5, 0), (1, 3, 16, 1), (2, 2, 17, 9), (0, 1, 3, 4)]  # l_out, degree, channels, atoms
+PRODUCT = [  # l_out, degree, channels, channels out, atoms, groups, density
+    (0, 3, 5, 5, 0, 1, False), (1, 3, 16, 9, 1, 1, True), (1, 2, 17, 17, 31, 3, False), (2, 2, 33, 24, 14, 2, True),
+]  # fmt: skip
 GRAPH = [(0, 0, 0), (1, 0, 0), (5, 2, 30), (9, 0, 200)]  # owned atoms, ghosts, pairs
 
 
@@ -172,3 +176,56 @@ def check_polynomial(ops: Any, dtype: torch.dtype, l_out: int, degree: int, k: i
         present = torch.nonzero(sizes).squeeze(1)
         dense = module(inputs.double(), present, sizes[present].tolist(), list(range(len(present))))
         close(got, dense.detach().to(dtype))
+
+
+def check_product(
+    ops: Any, dtype: torch.dtype, l_out: int, degree: int, k: int, k_out: int, n: int, groups: int, density: bool
+) -> None:
+    g = torch.Generator().manual_seed(2)
+    module = SymmetricContraction(2, l_out, degree, 3, k, torch.float64)
+    for parameter in module.parameters():
+        parameter.data.normal_(generator=g)
+    nodes, term, starts, coefficients = sparse_polynomial(module)
+    rows = [3, k + 2, 17]
+    matrices = [[torch.randn(row, k, generator=g).to(dtype) / k for row in rows] for _ in range(groups)]
+    mix = torch.randn(l_out + 1, k, k_out, generator=g).to(dtype) / k
+    group = torch.sort(torch.randint(0, groups, (n,), generator=g)).values.to(torch.int32)
+    if groups == 1:
+        group = group[:0]
+    norm = torch.rand(n if density else 0, generator=g).to(dtype)
+    messages = torch.randn(sum((2 * ell + 1) * n * row for ell, row in enumerate(rows)), generator=g).to(dtype)
+    kind = torch.randint(0, 3, (n,), generator=g).to(torch.int32)
+
+    def arguments(back: bool) -> tuple:
+        flat = torch.cat([packed(m.t() if back else m).flatten() for of in matrices for m in of])
+        return (
+            flat, torch.tensor(rows, dtype=torch.int32), group, norm, in_blocks(coefficients.to(dtype), LANES[dtype]),
+            kind, torch.from_numpy(nodes), torch.from_numpy(term), torch.from_numpy(starts),
+            packed(mix.transpose(1, 2) if back else mix), n, k, k_out,
+        )  # fmt: skip
+
+    out, mixed = ops.product(messages, *arguments(False))
+    wanted = reference.product(messages, *arguments(False))
+    close(out, wanted[0])
+    close(mixed, wanted[1])
+    grad = torch.randn(out.shape, generator=g).to(dtype)
+    (d_messages,) = reference.adjoint(lambda *a: reference.product(*a)[0], (messages, *arguments(False)), grad, (0,))
+    got, d_density = ops.product_backward(grad, mixed, *arguments(True))
+    close(got, d_messages)
+    if density:  # norm = 1 / (rho + 1)
+        (d_norm,) = reference.adjoint(lambda *a: reference.product(*a)[0], (messages, *arguments(False)), grad, (4,))
+        close(d_density, -d_norm * norm * norm)
+
+
+def check_linear(ops: Any, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    for n, k, k_out, l_in, l_weight, components, groups, based in [
+        (0, 4, 4, 1, 1, 4, 1, False), (1, 5, 17, 0, 0, 4, 1, True), (29, 16, 8, 2, 1, 9, 3, True),
+        (13, 33, 32, 1, 1, 1, 2, False),
+    ]:  # fmt: skip
+        features = torch.randn((l_in + 1) ** 2, n, k, generator=g).to(dtype)
+        weight = packed(torch.randn(groups, l_weight + 1, k, k_out, generator=g).to(dtype))
+        group = torch.sort(torch.randint(0, groups, (n,), generator=g)).values.to(torch.int32)
+        base = torch.randn(components if based else 0, n, k_out, generator=g).to(dtype)
+        arguments = (features, weight, group if groups > 1 else group[:0], base, components, k_out)
+        close(ops.linear(*arguments), reference.linear(*arguments))

@@ -15,11 +15,14 @@ from kernel_cases import (
     GRAPH,
     HARMONICS,
     POLYNOMIAL,
+    PRODUCT,
     check_convolution,
     check_density,
     check_graph,
     check_harmonics,
+    check_linear,
     check_polynomial,
+    check_product,
 )
 from mace_models import CONTRACT, FURTHER, build
 
@@ -72,6 +75,17 @@ def test_convolution(dtype, tabulated, case):
 @pytest.mark.parametrize("case", POLYNOMIAL)
 def test_polynomial(dtype, case):
     check_polynomial(OPS, dtype, *case)
+
+
+@dtypes
+@pytest.mark.parametrize("case", PRODUCT)
+def test_product(dtype, case):
+    check_product(OPS, dtype, *case)
+
+
+@dtypes
+def test_linear(dtype):
+    check_linear(OPS, dtype)
 
 
 def test_what_is_made_of_tensors_follows_them():

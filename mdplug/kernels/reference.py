@@ -4,10 +4,13 @@ Signatures are those of torch.ops.mdplug; `adjoint` gives the backward operators
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from mdplug.kernels import product as around
+from mdplug.kernels.product import linear as linear
 from mdplug.kernels.spline import quintic
 
 
@@ -122,6 +125,9 @@ def polynomial(
         for t in range(a, b):
             sums[o] = sums[o] + weight[:, t] * entries[int(term[t])]
     return sums
+
+
+product = partial(around.product, polynomial)
 
 
 def adjoint(operator: Callable[..., Tensor], arguments: tuple, grad: Tensor, wanted: tuple[int, ...]) -> list[Tensor]:

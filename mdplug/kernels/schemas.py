@@ -15,6 +15,10 @@ _CONVOLUTION = (
     f"Tensor coefficient, {_KNOTS}"
 )
 _POLYNOMIAL = "Tensor inputs, Tensor coefficients, Tensor kind, Tensor nodes, Tensor term, Tensor starts"
+_PRODUCT = (
+    "Tensor linear, Tensor rows, Tensor group, Tensor norm, Tensor coefficients, Tensor kind, Tensor nodes, "
+    "Tensor term, Tensor starts, Tensor mix, int n, int k, int k_out"
+)
 
 SCHEMAS = {
     "graph": "(Tensor pairs, Tensor vectors, Tensor place, int n_owned, float cutoff)"
@@ -27,6 +31,9 @@ SCHEMAS = {
     "convolution_backward": f"({_CONVOLUTION}, Tensor grad) -> (Tensor, Tensor, Tensor)",
     "polynomial": f"({_POLYNOMIAL}) -> Tensor",
     "polynomial_backward": f"({_POLYNOMIAL}, Tensor grad) -> Tensor",
+    "product": f"(Tensor messages, {_PRODUCT}) -> (Tensor, Tensor)",
+    "product_backward": f"(Tensor grad, Tensor mixed, {_PRODUCT}) -> (Tensor, Tensor)",
+    "linear": "(Tensor features, Tensor weight, Tensor group, Tensor base, int components, int k_out) -> Tensor",
 }
 
 

@@ -13,11 +13,14 @@ from kernel_cases import (
     GRAPH,
     HARMONICS,
     POLYNOMIAL,
+    PRODUCT,
     check_convolution,
     check_density,
     check_graph,
     check_harmonics,
+    check_linear,
     check_polynomial,
+    check_product,
 )
 from mace_models import CONTRACT, FURTHER, box, build
 
@@ -78,6 +81,19 @@ def test_convolution(dtype, tabulated, case):
 @pytest.mark.parametrize("case", POLYNOMIAL)
 def test_polynomial(dtype, case):
     check_polynomial(torch.ops.mdplug, dtype, *case)
+
+
+@native
+@dtypes
+@pytest.mark.parametrize("case", PRODUCT)
+def test_product(dtype, case):
+    check_product(torch.ops.mdplug, dtype, *case)
+
+
+@native
+@dtypes
+def test_linear(dtype):
+    check_linear(torch.ops.mdplug, dtype)
 
 
 @native

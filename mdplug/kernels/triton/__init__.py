@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +16,7 @@ _registered: list[torch.library.Library] = []  # a registration lasts as long as
 
 def operators() -> dict[str, Callable]:
     """The operators by name, as plain functions. Imports Triton."""
+    from mdplug.kernels import product
     from mdplug.kernels.triton import convolution, density, graph, harmonics, polynomial
 
     return {
@@ -28,6 +29,9 @@ def operators() -> dict[str, Callable]:
         "convolution_backward": convolution.convolution_backward,
         "polynomial": polynomial.polynomial,
         "polynomial_backward": polynomial.polynomial_backward,
+        "product": partial(product.product, polynomial.polynomial),
+        "product_backward": partial(product.product_backward, polynomial.polynomial_backward),
+        "linear": product.linear,
     }
 
 
