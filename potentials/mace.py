@@ -219,6 +219,13 @@ class MACE(Potential):
         species = self.species_of[torch.clamp(numbers, max=self.species_of.shape[0] - 1)]
         if bool(((species < 0) | (numbers >= self.species_of.shape[0])).any()):
             raise InputError("an atom is of an element that the model does not know; see Spec.species")
+        if not torch.jit.is_scripting():
+            from mdplug.potentials.blocks import kernel_training
+
+            if self.training and kernel_training.usable(self, vectors):
+                return kernel_training.local(
+                    self, species, pairs, vectors, n_owned, system_index, total_charge, total_spin, head
+                )
         receiver, sender = pairs[0], pairs[1]
         r = torch.linalg.vector_norm(vectors, dim=1)
         keep = r < self.cutoff

@@ -65,6 +65,31 @@ class Gradients:
         self.density: Dict[int, Tensor] = {}
 
 
+def sort_atoms(species: Tensor, n_owned: int) -> Atoms:
+    """Atoms by species.
+
+    Args:
+        species: (N,) int64 of all atoms, of which the first n_owned are owned.
+    """
+    order = torch.argsort(species[:n_owned], stable=True)
+    place = torch.arange(len(species), dtype=torch.int32)
+    place[order] = torch.arange(n_owned, dtype=torch.int32)
+    by_place = torch.cat([species[order], species[n_owned:]])
+    present = tuple(torch.unique(species).tolist())
+    kind_of = torch.zeros(max(present, default=0) + 1, dtype=torch.int32)
+    kind_of[list(present)] = torch.arange(len(present), dtype=torch.int32)
+    groups, begin = [], 0
+    for z in present:
+        count = int((by_place[:n_owned] == z).sum())
+        if count:
+            groups.append((z, begin, begin + count))
+            begin += count
+    if not groups:
+        groups.append((present[0] if present else 0, 0, 0))
+        present = present or (0,)
+    return Atoms(n_owned, order, place, by_place, by_place.to(torch.int32), kind_of[by_place], present, tuple(groups))
+
+
 def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:
     """Clebsch-Gordan terms of all paths, by output component.
 

@@ -39,10 +39,12 @@ class KernelLayer(nn.Module):
         self.register_buffer("coupling", torch.from_numpy(index), persistent=False)
         self.coefficient = torch.from_numpy(value)  # float64 whatever the model is
         nodes, term, starts, coefficients = sparse_polynomial(layer.product)
-        self.register_buffer("nodes", torch.from_numpy(nodes), persistent=False)
-        self.register_buffer("term", torch.from_numpy(term), persistent=False)
-        self.register_buffer("starts", torch.from_numpy(starts), persistent=False)
-        self.register_buffer("coefficients", in_blocks(coefficients, LANES[coefficients.dtype]), persistent=False)
+        self.register_buffer("nodes", nodes, persistent=False)
+        self.register_buffer("term", term, persistent=False)
+        self.register_buffer("starts", starts, persistent=False)
+        self.register_buffer(
+            "coefficients", in_blocks(coefficients.detach(), LANES[coefficients.dtype]), persistent=False
+        )
         self.agnostic = coefficients.shape[0] == 1
         self._weights: Dict[Tuple[int, ...], List[List[Tensor]]] = {}
 

@@ -38,6 +38,9 @@ typedef struct {
   void (*harmonics_backward_##S)(int64_t n, int l_max, int n_monomials, const int32_t* left, const int32_t* right,    \
                                  const T* table, const T* vectors, const T* r, const T* grad, const T* grad_r,        \
                                  T* out, MdplugParallel parallel);                                                    \
+  void (*harmonics_tangent_##S)(int64_t n, int l_max, int n_monomials, const int32_t* left, const int32_t* right,     \
+                                const T* table, const T* vectors, const T* r, const T* along, T* out, T* out_r,       \
+                                MdplugParallel parallel);                                                              \
   void (*density_##S)(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t kinds, const T* harmonics,            \
                       const MdplugRadial* radial, const int32_t* species, const int32_t* first, T* out,               \
                       MdplugParallel parallel);                                                                       \
@@ -55,7 +58,13 @@ typedef struct {
                          const T* coefficients, const int32_t* kind, T* out, MdplugParallel parallel);                \
   void (*polynomial_backward_##S)(const MdplugPolynomial* shape, int64_t n, int64_t k, const T* inputs,               \
                                   const T* coefficients, const int32_t* kind, const T* grad, T* grad_inputs,          \
-                                  MdplugParallel parallel);
+                                  MdplugParallel parallel);                                                            \
+  void (*polynomial_coefficients_##S)(const MdplugPolynomial* shape, int64_t n, int64_t k, int64_t kinds,             \
+                                      const T* inputs, const int32_t* kind, const T* grad, T* out,                    \
+                                      MdplugParallel parallel);                                                        \
+  void (*polynomial_second_##S)(const MdplugPolynomial* shape, int64_t n, int64_t k, int64_t kinds, const T* inputs,  \
+                                const T* coefficients, const int32_t* kind, const T* grad, const T* along,            \
+                                T* grad_grad, T* grad_inputs, T* grad_coefficients, MdplugParallel parallel);
 
 typedef struct {
   const char* name;

@@ -2,7 +2,7 @@
 #include "convolution.h"
 #include "density.h"
 #include "harmonics.h"
-#include "polynomial.h"
+#include "polynomial_second.h"
 
 #define MDPLUG_STRING_(x) #x
 #define MDPLUG_STRING(x) MDPLUG_STRING_(x)
@@ -49,6 +49,16 @@ struct Entry {
                             MdplugParallel parallel) {
     polynomial_backward<T, narrow>(*shape, n, k, inputs, coefficients, kind, grad, grad_inputs, parallel);
   }
+  static void poly_coefficients(const MdplugPolynomial* shape, int64_t n, int64_t k, int64_t kinds, const T* inputs,
+                                const int32_t* kind, const T* grad, T* out, MdplugParallel parallel) {
+    polynomial_coefficients<T, narrow>(*shape, n, k, kinds, inputs, kind, grad, out, parallel);
+  }
+  static void poly_second(const MdplugPolynomial* shape, int64_t n, int64_t k, int64_t kinds, const T* inputs,
+                          const T* coefficients, const int32_t* kind, const T* grad, const T* along, T* grad_grad,
+                          T* grad_inputs, T* grad_coefficients, MdplugParallel parallel) {
+    polynomial_second<T, narrow>(*shape, n, k, kinds, inputs, coefficients, kind, grad, along, grad_grad, grad_inputs,
+                                 grad_coefficients, parallel);
+  }
 };
 
 }  // namespace MDPLUG_ISA
@@ -56,8 +66,10 @@ struct Entry {
 using namespace MDPLUG_ISA;
 
 #define MDPLUG_ENTRIES(T)                                                                                  \
-  harmonics<T>, harmonics_backward<T>, Entry<T>::dens, Entry<T>::dens_backward, Entry<T>::conv,            \
-      Entry<T>::conv_backward, Entry<T>::poly, Entry<T>::poly_backward
+  harmonics<T>, harmonics_backward<T>, harmonics_tangent<T>, Entry<T>::dens, Entry<T>::dens_backward,      \
+      Entry<T>::conv,                                                                                      \
+      Entry<T>::conv_backward, Entry<T>::poly, Entry<T>::poly_backward, Entry<T>::poly_coefficients,       \
+      Entry<T>::poly_second
 
 extern "C" const MdplugKernels* MDPLUG_JOIN(mdplug_kernels_, MDPLUG_ISA)() {
   static const MdplugKernels table = {MDPLUG_STRING(MDPLUG_ISA), MDPLUG_ENTRIES(float), MDPLUG_ENTRIES(double)};

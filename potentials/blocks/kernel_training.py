@@ -1,0 +1,218 @@
+"""MACE on the kernels with a tape, for training: gradients of energies and forces by the weights themselves.
+
+The same function as `MACE.local`, of the same parameters. Radial functions are those of the nets, not tables; autograd
+differentiates the operators once and twice (mdplug.kernels.autograd).
+"""
+
+from functools import cache
+from typing import Any, Dict, List, NamedTuple, Tuple
+
+import torch
+from torch import Tensor
+
+from mdplug import kernels
+from mdplug.kernels import autograd
+from mdplug.potentials.blocks.contraction import sparse_polynomial
+from mdplug.potentials.blocks.convolution import Path, per_irrep, split_irreps
+from mdplug.potentials.blocks.kernel_graph import Atoms, coupling, sort_atoms
+from mdplug.potentials.blocks.knots import LANES, in_blocks
+
+ops: Any = torch.ops.mdplug
+
+
+class TrainingGraph(NamedTuple):
+    """Pairs inside the cutoff, by receiver, atoms by species.
+
+    Attributes:
+        r: (P,) A. receiver: (P,) int64, sender: (P,) int32 sorted places. first: (n + 1,) int32.
+        harmonics: (P, (l_max+1)^2). sender_kind: (P,) int32, see `Atoms.kind`. atoms: see there.
+        present: (S',) int64, as atoms.present. none, no_kind: empty, of the model's dtype and int32.
+    """
+
+    r: Tensor
+    receiver: Tensor
+    sender: Tensor
+    first: Tensor
+    harmonics: Tensor
+    sender_kind: Tensor
+    atoms: Atoms
+    present: Tensor
+    none: Tensor
+    no_kind: Tensor
+
+
+def usable(mace: Any, vectors: Tensor) -> bool:
+    """Whether an evaluation of a MACE that trains can run on the kernels."""
+    return not mace.tabulated and vectors.device.type == "cpu" and vectors.dtype in LANES and kernels.available()
+
+
+def build_graph(mace: Any, species: Tensor, pairs: Tensor, vectors: Tensor, n_owned: int) -> TrainingGraph:
+    """Arguments as in `Potential.local`, but for species (N,) int64."""
+    autograd.register()
+    atoms = sort_atoms(species, n_owned)
+    found = ops.graph(pairs.contiguous(), vectors.detach(), atoms.place, n_owned, float(mace.cutoff))
+    _, length, receiver, sender, first, origin = found
+    left, right = mace.harmonics.products()
+    inside = vectors.index_select(0, origin)
+    harmonics = ops.harmonics(inside, length, left, right, mace.harmonics.table, mace.harmonics.l_max)
+    r = torch.linalg.vector_norm(inside, dim=1)
+    present = torch.tensor(atoms.present, dtype=torch.int64)
+    kind = atoms.kind.index_select(0, sender)
+    none = vectors.new_empty(0)
+    return TrainingGraph(r, receiver.long(), sender, first, harmonics, kind, atoms, present, none, sender.new_empty(0))
+
+
+def neighbour_sum(values: Tensor, graph: TrainingGraph) -> Tensor:
+    """(P,) -> (n,), summed over the pairs that each atom receives."""
+    return values.new_zeros(graph.atoms.n).index_add(0, graph.receiver, values)
+
+
+def per_species(features: Tensor, weight: Tensor, atoms: Atoms) -> Tensor:
+    """A matrix per irrep and species: ((L+1)^2, n, K) x (L'+1, S, K, K') -> ((L'+1)^2, n, K'), L' <= L."""
+    matrices = weight.unbind(1)
+    chunks = torch.split(features, [end - begin for _, begin, end in atoms.groups], dim=1)
+    parts = [per_irrep(chunk, matrices[z]) for chunk, (z, _, _) in zip(chunks, atoms.groups, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+@cache
+def _paths_and_coupling(paths: Tuple[Path, ...]) -> Tuple[Tensor, Tensor, Tensor]:
+    index, value = coupling(list(paths))
+    return torch.tensor(paths, dtype=torch.int32), torch.from_numpy(index), torch.from_numpy(value)
+
+
+def convolve(messages: Any, sent: Tensor, columns: Tensor, weight: Tensor, graph: TrainingGraph) -> List[Tensor]:
+    """Messages of all paths, per l3 (2 l3 + 1, n, paths to it * k).
+
+    Args:
+        messages: a `Messages`. sent: ((l_in+1)^2, N, k). columns: (P, b). weight: (b, paths, k).
+    """
+    n, k = graph.atoms.n, sent.shape[2]
+    values = torch.mm(columns, weight.flatten(1)).view(-1, weight.shape[1], k)
+    flat = ops.convolution(
+        sent.contiguous(), graph.harmonics, graph.none, values, graph.r.detach(), graph.no_kind, graph.sender,
+        graph.first, *_paths_and_coupling(tuple(messages.paths)), 0, n, 0.0, 1.0, 2,
+    )  # fmt: skip
+    widths = [(2 * ell + 1, k * count) for ell, count in enumerate(messages.fan_in)]
+    parts = torch.split(flat, [m * n * width for m, width in widths])
+    return [part.view(m, n, width) for part, (m, width) in zip(parts, widths, strict=True)]
+
+
+def density_messages(messenger: Any, table: Tensor, columns: Tensor, graph: TrainingGraph) -> Tensor:
+    """((l_max+1)^2, n, K) of a layer whose sender features, table (S', k), depend on the element alone."""
+    density = ops.density(
+        graph.harmonics, graph.none, columns.contiguous(), graph.r.detach(), graph.no_kind, graph.sender_kind,
+        graph.first, len(graph.atoms.present), 0, graph.atoms.n, 0.0, 1.0, 2,
+    )  # fmt: skip
+    parts = []
+    for ell, part in enumerate(split_irreps(density, 0)):  # path l is (0, l, l)
+        on_pair = (table.unsqueeze(1) * messenger.radial_weight[:, ell]).flatten(0, 1)
+        parts.append(torch.matmul(part, torch.mm(on_pair, messenger.linear[ell])))
+    return torch.cat(parts, dim=0)
+
+
+def message(messenger: Any, sent: Tensor, table: Tensor, own: Tensor, columns: Tensor, graph: TrainingGraph) -> Tensor:
+    """((l_max+1)^2, n, K) features that the product takes; arguments as in `convolve` and `density_messages`.
+
+    Args:
+        own: ((l_in+1)^2, n, k) of the receivers. columns: (P, b [+ 1]) radial features and density.
+    """
+    from mdplug.potentials.blocks.interaction import GatedMessenger
+
+    features = columns[:, : messenger.n_radial]
+    rho = neighbour_sum(columns[:, messenger.n_radial], graph) if messenger.has_density else None
+    if isinstance(messenger, GatedMessenger):
+        assert rho is not None
+        k = sent.shape[2]
+        by_l = convolve(messenger.messages, sent, features, messenger.radial_weight, graph)
+        norm = (1.0 / (messenger.beta * rho + messenger.alpha)).view(1, -1, 1)
+        return messenger.combine([part for m in by_l for part in torch.split(m, k, dim=2)], own, norm)
+    if messenger.by_species:
+        out = density_messages(messenger, table, features, graph)
+    else:
+        by_l = convolve(messenger.messages, sent, features, messenger.radial_weight, graph)
+        linear = torch.split(messenger.linear, messenger.messages.fan_in)
+        out = torch.cat([torch.matmul(m, w.flatten(0, 1)) for m, w in zip(by_l, linear, strict=True)], dim=0)
+    if rho is not None:
+        out = out / (rho + 1.0).view(1, -1, 1)
+    return per_species(out, messenger.skip, graph.atoms) if messenger.has_skip else out
+
+
+def contract(product: Any, features: Tensor, graph: TrainingGraph) -> Tensor:
+    """((l_max+1)^2, n, K) -> ((l_out+1)^2, n, K): a `SymmetricContraction`."""
+    nodes, term, starts, coefficients = sparse_polynomial(product, graph.present)
+    kind = graph.atoms.kind[: graph.atoms.n]
+    kind = torch.zeros_like(kind) if product.agnostic else kind
+    blocks = in_blocks(coefficients, LANES[features.dtype])
+    return ops.polynomial(features.contiguous(), blocks, kind, nodes, term, starts)
+
+
+def layer_forward(
+    layer: Any, features: Tensor, sent: Tensor, table: Tensor, own: Tensor, columns: Tensor, graph: TrainingGraph
+) -> Tensor:
+    """New features ((l_out+1)^2, n, K) of the owned atoms, sorted; see `Layer.forward`.
+
+    Args:
+        sent: ((edge_l+1)^2, N, k) of all atoms, sorted.
+    """
+    product = contract(layer.product, message(layer.messenger, sent, table, own, columns, graph), graph)
+    out = per_irrep(product, layer.mix)
+    if not layer.has_skip:
+        return out
+    skip = per_species(features, layer.skip, graph.atoms) if layer.skip_by_species else per_irrep(features, layer.skip)
+    if skip.shape[0] < out.shape[0]:  # the first layer has scalars only
+        skip = torch.cat([skip, torch.zeros_like(out[skip.shape[0] :])], dim=0)
+    return out + skip
+
+
+def exchange(mace: Any, own: Tensor, graph: TrainingGraph, n_atoms: int) -> Tensor:
+    """What neighbours see of all atoms, ((edge_l+1)^2, N, k) sorted, from that of the owned ones."""
+    atoms = graph.atoms
+    if n_atoms == atoms.n:
+        return own
+    place = atoms.place.long()
+    rows = own.transpose(0, 1).flatten(1)[place[: atoms.n]]  # engines know atoms in their own order
+    rows = torch.cat([rows, rows.new_zeros(n_atoms - atoms.n, rows.shape[1])])
+    filled = mace.exchange(rows, atoms.n)
+    back = torch.cat([atoms.order, torch.arange(atoms.n, n_atoms)])
+    return filled[back].view(n_atoms, own.shape[0], own.shape[2]).transpose(0, 1)
+
+
+def local(
+    mace: Any, species: Tensor, pairs: Tensor, vectors: Tensor, n_owned: int, system_index: Tensor,
+    total_charge: Tensor, total_spin: Tensor, head: Tensor,
+) -> Dict[str, Tensor]:  # fmt: skip
+    """See `Potential.local`; species (N,) int64 in place of the numbers."""
+    graph = build_graph(mace, species, pairs, vectors, n_owned)
+    atoms = graph.atoms
+    receiving, sending = atoms.species[graph.receiver], atoms.species[graph.sender]
+    r = graph.r.unsqueeze(1)
+    columns = mace.radial(r, receiving, sending)
+    atom_head = head[system_index[atoms.order]]
+    energy = torch.zeros_like(mace.shift[atom_head])
+    if mace.has_repulsion:
+        energy = neighbour_sum(mace.repulsion(r, receiving, sending), graph)
+    start = mace.embedding[atoms.species]
+    outside = torch.zeros_like(energy)  # what scale does not multiply
+    if mace.has_state:
+        by_place = torch.cat([system_index[atoms.order], system_index[n_owned:]])
+        start = start + mace.state(total_charge, total_spin)[by_place]
+        if mace.reads_state:
+            outside = mace.state_readout(start[:n_owned], atom_head)
+    features = start[:n_owned].unsqueeze(0)
+    table = mace.embedding[graph.present]
+    scalars: List[Tensor] = []
+    for t, (layer, readout) in enumerate(zip(mace.layers, mace.readouts, strict=True)):
+        if t == 0:  # no exchange: ghosts know their own species
+            sent = layer.send(start.unsqueeze(0))
+            table = layer.send(table.unsqueeze(0)).squeeze(0)
+            own = sent[:, :n_owned]
+        else:
+            own = layer.send(features)
+            sent = exchange(mace, own, graph, len(species))
+        features = layer_forward(layer, features, sent, table, own, columns[t], graph)
+        scalars.append(features[0])
+        energy = energy + readout(features[0], atom_head)
+    energy = mace.scale[atom_head] * energy + mace.shift[atom_head] + outside
+    place = atoms.place[:n_owned].long()
+    return {"atom_energy": energy[place], "features": torch.cat(scalars, dim=1)[place]}
