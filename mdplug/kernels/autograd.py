@@ -1,8 +1,7 @@
 """Derivatives of the operators for torch's autograd: of first order, and of second order for losses on forces.
 
-`density` and `convolution` are linear in each of their features, harmonics and radial functions, so that the adjoint of
-their adjoint is made of themselves; it needs the radial functions as values, not as tables. There is no third order:
-`polynomial_second` and `harmonics_tangent` refuse to be differentiated.
+Second derivatives of `density` and `convolution` need the radial functions as values, not as tables. There is no third
+order: the operators `*_second` and `harmonics_tangent` refuse to be differentiated.
 
 In an evaluation the force pass asks for derivatives by the pair vectors and the last pass for those by the weights;
 each formula leaves out what its pass does not ask for.
@@ -55,18 +54,6 @@ def _wanted(ctx: Any, place: int) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except (AttributeError, RuntimeError):  # a leaf that is asked for, or a torch without this question
         return True
-
-
-def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
-    total: Tensor | None = None
-    for part in parts:
-        if part is not None:
-            total = part if total is None else total + part
-    return total
-
-
-def _replaced(arguments: list[Any], changes: dict[int, Tensor]) -> list[Any]:
-    return [changes.get(i, x) for i, x in enumerate(arguments)]
 
 
 def _of_all(part: Tensor, pairs: Tensor, first: Tensor, begin: int) -> Tensor:
@@ -134,37 +121,48 @@ def _linear_backward(name: str, values: int, linear: Sequence[int]) -> Callable[
     return backward
 
 
-def _linear_second(name: str, values: int, linear: Sequence[int]) -> Callable[..., Grads]:
-    """Derivatives of `name`_backward. With cotangents c of its results and gA what went in,
+def _refuse_tables(table: Tensor) -> None:
+    if table.numel() > 0:
+        raise MdplugError("second derivatives need radial functions as values, not as tables")
 
-    S = sum over i of <gA, operator(argument i replaced by c_i)>, one term for each argument it is linear in.
-    """
 
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Grads:
-        *arguments, grad = _arguments(ctx)
-        found: list[Tensor | None] = [None] * (len(arguments) + 1)
-        if arguments[values - 1].numel() > 0:
-            raise MdplugError("second derivatives need radial functions as values, not as tables")
-        first, begin = _range(name, arguments)
-        for i, c in zip(linear, cotangents, strict=True):
-            if c is None:
-                continue
-            whole = _of_all(c, arguments[i], first, begin) if i == HARMONICS[name] else c.contiguous()
-            changed = _replaced(arguments, {i: whole})
-            if _wanted(ctx, len(arguments)):
-                found[-1] = _sum([found[-1], getattr(ops, name)(*changed)])
-            others = [j for j in linear if j != i and _wanted(ctx, j)]
-            if not others:
-                continue
-            parts = dict(zip(linear, getattr(ops, f"{name}_backward")(*changed, grad), strict=True))
-            for j in others:
-                part = parts[j]
-                if j == HARMONICS[name]:
-                    part = _of_all(part, arguments[j], first, begin)
-                found[j] = _sum([found[j], part])
-        return tuple(found)
+def _density_second(ctx: Any, move_harmonics: Tensor | None, move_values: Tensor | None) -> Grads:
+    """S = <grad, density(move_harmonics, values) + density(harmonics, move_values)>."""
+    harmonics, table, values, *rest, grad = _arguments(ctx)
+    _refuse_tables(table)
+    by_harmonics = by_values = by_grad = None
+    if move_harmonics is not None:
+        whole = _of_all(move_harmonics, harmonics, *_range("density", _arguments(ctx)))
+        by_grad = ops.density(whole, table, values, *rest)
+        if _wanted(ctx, 2):
+            by_values = ops.density_backward(whole, table, values, *rest, grad)[1]
+    if move_values is not None:
+        moved = (harmonics, table, move_values.contiguous(), *rest)
+        by_grad = ops.density(*moved) if by_grad is None else by_grad + ops.density(*moved)
+        if _wanted(ctx, 0):
+            part = ops.density_backward(*moved, grad)[0]
+            by_harmonics = _of_all(part, harmonics, *_range("density", _arguments(ctx)))
+    return (by_harmonics, None, by_values, *(None,) * len(rest), by_grad)
 
-    return backward
+
+def _convolution_second(ctx: Any, *moves: Tensor | None) -> Grads:
+    """S = <grad, the change of the messages along the moves of features, harmonics and values>."""
+    *arguments, grad = _arguments(ctx)
+    sent, harmonics, table, values = arguments[:4]
+    _refuse_tables(table)
+    pairs = _range("convolution", arguments)
+    move_sent, move_harmonics, move_values = (
+        torch.zeros_like(x) if move is None else move.contiguous()
+        for x, move in zip((sent, harmonics, values), moves, strict=True)
+    )
+    move_harmonics = _of_all(move_harmonics, harmonics, *pairs)
+    by_grad, by_sent, by_values = ops.convolution_second(*arguments, grad, move_sent, move_harmonics, move_values)
+    by_harmonics = None
+    if _wanted(ctx, 1):  # of second order in the positions: no loss needs it
+        by_features = ops.convolution_backward(move_sent, harmonics, table, values, *arguments[4:], grad)[1]
+        by_radial = ops.convolution_backward(sent, harmonics, table, move_values, *arguments[4:], grad)[1]
+        by_harmonics = _of_all(by_features + by_radial, harmonics, *pairs)
+    return (by_sent, by_harmonics, None, by_values, *(None,) * 12, by_grad)
 
 
 def _range(name: str, arguments: list[Any]) -> tuple[Tensor, int]:
@@ -208,9 +206,7 @@ def _polynomial_coefficients_backward(ctx: Any, along: Tensor | None) -> Grads:
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 
-def _pairs_of(r: Tensor, values: Tensor, table: Tensor, first: Tensor, begin: int, end: int) -> Any:
-    if table.numel() == 0:
-        return values.shape[0]
+def _pairs_of(r: Tensor, first: Tensor, begin: int, end: int) -> Any:
     if begin == 0 and end == first.shape[0] - 1:
         return r.shape[0]
     return torch.library.get_ctx().new_dynamic_size()
@@ -243,9 +239,9 @@ def _density(
 
 def _density_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     harmonics, table, values, r, _, _, first, _, begin, end = arguments[:10]
-    n = _pairs_of(r, values, table, first, begin, end)
-    of_radial = (n,) if table.numel() else (n, values.shape[1])
-    return harmonics.new_empty(n, harmonics.shape[1]), harmonics.new_empty(of_radial)
+    n = _pairs_of(r, first, begin, end)
+    of_radial = r.new_empty(n) if table.numel() else torch.empty_like(values)
+    return harmonics.new_empty(n, harmonics.shape[1]), of_radial
 
 
 def _convolution(
@@ -257,10 +253,14 @@ def _convolution(
 
 
 def _convolution_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    sent, harmonics, table, values, r, _, _, first, paths, _, _, begin, end = arguments[:13]
-    n = _pairs_of(r, values, table, first, begin, end)
-    of_radial = (n,) if table.numel() else (n, paths.shape[0], sent.shape[2])
-    return torch.empty_like(sent), harmonics.new_empty(n, harmonics.shape[1]), harmonics.new_empty(of_radial)
+    sent, harmonics, table, values, r, _, _, first, _, _, _, begin, end = arguments[:13]
+    n = _pairs_of(r, first, begin, end)
+    of_radial = r.new_empty(n) if table.numel() else torch.empty_like(values)
+    return torch.empty_like(sent), harmonics.new_empty(n, harmonics.shape[1]), of_radial
+
+
+def _convolution_second_shape(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(arguments[16]), torch.empty_like(arguments[0]), torch.empty_like(arguments[3])
 
 
 def _polynomial(
@@ -282,12 +282,10 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Grads] | None]] = {
     "harmonics_backward": (lambda *a: torch.empty_like(a[0]), _harmonics_second),
     "harmonics_tangent": (_harmonics_tangent, _no_third),
     "density": (_density, _linear_backward("density", DENSITY_VALUES, (0, DENSITY_VALUES))),
-    "density_backward": (_density_backward, _linear_second("density", DENSITY_VALUES, (0, DENSITY_VALUES))),
+    "density_backward": (_density_backward, _density_second),
     "convolution": (_convolution, _linear_backward("convolution", CONVOLUTION_VALUES, (0, 1, CONVOLUTION_VALUES))),
-    "convolution_backward": (
-        _convolution_backward,
-        _linear_second("convolution", CONVOLUTION_VALUES, (0, 1, CONVOLUTION_VALUES)),
-    ),
+    "convolution_backward": (_convolution_backward, _convolution_second),
+    "convolution_second": (_convolution_second_shape, _no_third),
     "polynomial": (_polynomial, _polynomial_backward),
     "polynomial_backward": (lambda *a: torch.empty_like(a[0]), _polynomial_second),
     "polynomial_coefficients": (_polynomial_coefficients, _polynomial_coefficients_backward),

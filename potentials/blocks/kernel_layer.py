@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mdplug.potentials.blocks.contraction import sparse_polynomial
 from mdplug.potentials.blocks.interaction import GatedMessenger
 from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial, coupling
-from mdplug.potentials.blocks.knots import LANES, in_blocks
+from mdplug.potentials.blocks.knots import LANES, in_blocks, radial_values
 from mdplug.potentials.blocks.tables import FIRST_KNOT
 
 ops: Any = torch.ops.mdplug
@@ -154,7 +154,7 @@ class KernelLayer(nn.Module):
         return [torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True)]
 
     def _values(self, radial: LayerRadial, columns: Tensor) -> Tensor:
-        return torch.mm(columns, radial.weight.flatten(1))
+        return radial_values(columns, radial.weight)
 
     def _chunks(self, first: Tensor, begin: int, end: int) -> List[Tuple[int, int]]:
         """Ranges of atoms with at most AT_A_TIME radial functions of their pairs."""
@@ -304,7 +304,7 @@ class KernelLayer(nn.Module):
     ) -> Tensor:
         """Cotangent of `sent` from receivers begin..end, whose messages have the cotangents `parts`."""
         tabulated = radial.table.numel() > 0
-        weight = radial.weight.flatten(1)
+        weight = in_blocks(radial.weight, LANES[radial.weight.dtype]).flatten(1)
         total = torch.zeros(0)
         for a, b in [(begin, end)] if tabulated else self._chunks(graph.first, begin, end):
             first, last = int(graph.first[a]), int(graph.first[b])

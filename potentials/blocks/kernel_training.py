@@ -15,7 +15,7 @@ from mdplug.kernels import autograd
 from mdplug.potentials.blocks.contraction import sparse_polynomial
 from mdplug.potentials.blocks.convolution import Path, per_irrep, split_irreps
 from mdplug.potentials.blocks.kernel_graph import Atoms, coupling, sort_atoms
-from mdplug.potentials.blocks.knots import LANES, in_blocks
+from mdplug.potentials.blocks.knots import LANES, in_blocks, radial_values
 
 ops: Any = torch.ops.mdplug
 
@@ -88,7 +88,7 @@ def convolve(messages: Any, sent: Tensor, columns: Tensor, weight: Tensor, graph
         messages: a `Messages`. sent: ((l_in+1)^2, N, k). columns: (P, b). weight: (b, paths, k).
     """
     n, k = graph.atoms.n, sent.shape[2]
-    values = torch.mm(columns, weight.flatten(1)).view(-1, weight.shape[1], k)
+    values = radial_values(columns, weight)
     flat = ops.convolution(
         sent.contiguous(), graph.harmonics, graph.none, values, graph.r.detach(), graph.no_kind, graph.sender,
         graph.first, *_paths_and_coupling(tuple(messages.paths)), 0, n, 0.0, 1.0, 2,

@@ -110,8 +110,9 @@ def test_convolution(dtype, tabulated, n, degree, k, l_in, l_max):
         shape = (-1, 2 * knots, len(of), 3, block)
         table = in_blocks(flat, block).transpose(0, 1).reshape(shape).contiguous()
     else:
-        values = torch.randn(e, len(of), k, generator=g).to(dtype)
-    kind = torch.randint(0, 2, (e,), generator=g).to(torch.int32)
+        rows = max(e // 2, 1)  # some pairs share one
+        values = in_blocks(torch.randn(rows, len(of), k, generator=g).to(dtype), block)
+    kind = torch.randint(0, 2 if tabulated else rows, (e,), generator=g).to(torch.int32)
     arguments = (
         sent, y, table, values, r, kind, sender, first, torch.tensor(of, dtype=torch.int32), torch.from_numpy(index),
         torch.from_numpy(value), 0, n, 0.1, 0.2, knots,

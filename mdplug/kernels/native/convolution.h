@@ -65,6 +65,9 @@ struct Paths {
     }
   }
 
+  // Numbers of one row of the values, (blocks, P, C).
+  int64_t value_row(int64_t block) const { return (shape.k + block - 1) / block * block * n_paths; }
+
   // Output of n atoms: for each l3 a matrix (2 l3 + 1, n, paths to l3, k), one after another.
   void layout(int64_t n) {
     int64_t offset = 0;
@@ -90,6 +93,7 @@ struct Slice {
   const Paths& paths;
   const MdplugRadial& radial;
   const T* table;                // of the block, or null
+  const T* values;               // of the block in the first row, where there is no table
   const std::vector<Knot<T>>& knots;
   const T* h;                    // (n_senders, components, C)
   const T* harmonics;
@@ -103,11 +107,25 @@ struct Slice {
   MDPLUG_INLINE Block<T, C> radial_of(const Path& path, int64_t e) const {
     const int64_t stride = int64_t(paths.n_paths) * kOrders * C;
     if (table) return interpolate<T, C>(row(path, e, stride), stride, knots[e - e0].value);
-    const T* values = static_cast<const T*>(radial.values);
-    return Block<T, C>::load(values + ((e - e0) * paths.n_paths + path.number) * paths.shape.k + channel, count);
+    return Block<T, C>::load(values + value(path, e));
+  }
+  // Place of a pair's radial function among the values; pairs may share a row.
+  MDPLUG_INLINE int64_t value(const Path& path, int64_t e) const {
+    return (radial.kind ? radial.kind[e] : e - e0) * paths.value_row(C) + path.number * C;
   }
   MDPLUG_INLINE const T* features(int64_t e) const { return h + int64_t(sender[e]) * paths.n_sent * C; }
 };
+
+// Where one block of channels of the table, or of the values, begins; null where there is none.
+template <class T, int C>
+const T* table_of(const MdplugRadial& radial, const Paths& paths, int64_t block) {
+  if (!radial.table) return nullptr;
+  return static_cast<const T*>(radial.table) + block * radial.rows * paths.n_paths * kOrders * C;
+}
+template <class T, int C>
+const T* values_of(const MdplugRadial& radial, const Paths& paths, int64_t block) {
+  return radial.values ? static_cast<const T*>(radial.values) + block * paths.n_paths * C : nullptr;
+}
 
 // Interpolation weights of pairs e0..e1; one entry where there is no table.
 template <class T>
@@ -173,22 +191,44 @@ MDPLUG_INLINE void add_pairs(const Slice<T, C>& s, const Group& group, int64_t e
   }
 }
 
+// Cotangents of the outer sums of a group, from those of the messages of receiver i.
+template <class T, int C>
+MDPLUG_INLINE void uncouple(const Slice<T, C>& s, const Group& group, int64_t i, const T* grad, T* q) {
+  using B = Block<T, C>;
+  for (size_t t = 0; t < group.by_outer.size();) {
+    const int w = group.by_outer[t].outer;
+    B a = B::zero();
+    for (; t < group.by_outer.size() && group.by_outer[t].outer == w; ++t) {
+      const int o = group.by_outer[t].out;
+      const T* g = grad + s.paths.base[o] + (i - s.begin) * s.paths.stride[o] + s.channel;
+      a.fma(T(group.by_outer[t].value), B::load(g, s.count));
+    }
+    a.store(q + w * C);
+  }
+}
+
+// Messages of receiver i from the outer sums of a group.
+template <class T, int C>
+MDPLUG_INLINE void couple(const Slice<T, C>& s, const Group& group, int64_t i, const T* sums, T* out) {
+  using B = Block<T, C>;
+  for (size_t t = 0; t < group.terms.size();) {
+    const int o = group.terms[t].out;
+    B a = B::zero();
+    for (; t < group.terms.size() && group.terms[t].out == o; ++t)
+      a.fma(T(group.terms[t].value), B::load(sums + group.terms[t].outer * C));
+    a.store(out + s.paths.base[o] + (i - s.begin) * s.paths.stride[o] + s.channel, s.count);
+  }
+}
+
 template <class T, int C, int M>
 void group_forward(const Slice<T, C>& s, const Group& group, int64_t from, int64_t to, T* sums, T* out) {
-  using B = Block<T, C>;
   constexpr int G = Block<T, C>::NV <= 2 ? 4 : 2;  // as many as the registers hold
   for (int64_t i = from; i < to; ++i) {
     std::memset(sums, 0, sizeof(T) * group.n_outer * C);
     int64_t e = s.first[i];
     for (; e + G <= s.first[i + 1]; e += G) add_pairs<T, C, M, G>(s, group, e, sums);
     for (; e < s.first[i + 1]; ++e) add_pairs<T, C, M, 1>(s, group, e, sums);
-    for (size_t t = 0; t < group.terms.size();) {
-      const int o = group.terms[t].out;
-      B a = B::zero();
-      for (; t < group.terms.size() && group.terms[t].out == o; ++t)
-        a.fma(T(group.terms[t].value), B::load(sums + group.terms[t].outer * C));
-      a.store(out + s.paths.base[o] + (i - s.begin) * s.paths.stride[o] + s.channel, s.count);
-    }
+    couple<T, C>(s, group, i, sums, out);
   }
 }
 
@@ -206,9 +246,8 @@ void convolution(const MdplugConvolution& shape, int64_t n_senders, int64_t begi
     const int64_t channel = block * C;
     const int count = int(std::min<int64_t>(C, k - channel));
     pack<T, C>(sent, n_senders, paths.n_sent, k, channel, count, h.data(), parallel);
-    const T* table =
-        radial.table ? static_cast<const T*>(radial.table) + block * radial.rows * paths.n_paths * kOrders * C : nullptr;
-    const Slice<T, C> slice{paths, radial, table, knots, h.data(), harmonics, sender, first, begin, e0, channel, count};
+    const Slice<T, C> slice{paths, radial, table_of<T, C>(radial, paths, block), values_of<T, C>(radial, paths, block),
+                            knots, h.data(), harmonics, sender, first, begin, e0, channel, count};
     auto body = [&](int64_t task) {
       const int64_t from = begin + task * atoms, to = std::min(end, from + atoms);
       for (const Group& group : paths.groups) {
@@ -229,16 +268,7 @@ void group_backward(const Slice<T, C>& s, const Group& group, int64_t from, int6
   const int n_sent = s.paths.n_sent, n_y = s.paths.n_harmonics;
   std::memset(q, 0, sizeof(T) * group.n_outer * C);  // some (m1, m2) couple to nothing
   for (int64_t i = from; i < to; ++i) {
-    for (size_t t = 0; t < group.by_outer.size();) {
-      const int w = group.by_outer[t].outer;
-      B a = B::zero();
-      for (; t < group.by_outer.size() && group.by_outer[t].outer == w; ++t) {
-        const int o = group.by_outer[t].out;
-        const T* g = grad + s.paths.base[o] + (i - s.begin) * s.paths.stride[o] + s.channel;
-        a.fma(T(group.by_outer[t].value), B::load(g, s.count));
-      }
-      a.store(q + w * C);
-    }
+    uncouple<T, C>(s, group, i, grad, q);
     for (int64_t e = s.first[i]; e < s.first[i + 1]; ++e) {
       const T *y = s.harmonics + e * n_y + group.l2 * group.l2, *own = s.features(e);
       T* to_sender = dh + int64_t(s.sender[e]) * n_sent * C;
@@ -270,8 +300,11 @@ void group_backward(const Slice<T, C>& s, const Group& group, int64_t from, int6
         }
         if (s.table)
           for (int v = 0; v < B::NV; ++v) d[M] += slope.v[v] * into.v[v];
-        else
-          into.store(dr + ((e - s.e0) * s.paths.n_paths + path.number) * s.paths.shape.k + s.channel, s.count);
+        else {
+          T* row = dr + s.value(path, e);
+          into.add(B::load(row));
+          into.store(row);
+        }
       }
       T sums[N];
       lane_sums<T>(d, N, sums);
@@ -282,53 +315,65 @@ void group_backward(const Slice<T, C>& s, const Group& group, int64_t from, int6
   }
 }
 
-// Receivers are split into a number of parts that does not depend on the threads; each part has its own sum over senders,
-// and the parts are added in order: the same result, bit for bit, on any number of threads.
+// dy and dr of all pairs of receivers from..to, dh (senders, components, C) of all senders: added to.
+template <class T, int C>
+void backward_part(const Slice<T, C>& slice, int64_t from, int64_t to, const T* grad, T* dh, T* dy, T* dr) {
+  constexpr int64_t atoms = 16;
+  for (int64_t i = from; i < to; i += atoms)
+    for (const Group& group : slice.paths.groups) {
+      Scratch<T> q(group.n_outer * C);
+      with_width(group.l2, [&](auto m) {
+        group_backward<T, C, m()>(slice, group, i, std::min(to, i + atoms), grad, q.data(), dh, dy, dr);
+      });
+    }
+}
+
+// Features of a block of channels, (parts, senders, components, C) summed over the parts in order, back in their layout.
+template <class T, int C>
+void unpack(const T* packed, int64_t parts, int64_t n, int components, int64_t k, int64_t channel, int count, T* out,
+            MdplugParallel parallel) {
+  using B = Block<T, C>;
+  auto body = [&](int64_t chunk) {
+    const int64_t last = std::min(n, (chunk + 1) * 64);
+    for (int64_t j = chunk * 64; j < last; ++j)
+      for (int m = 0; m < components; ++m) {
+        B sum = B::zero();
+        for (int64_t part = 0; part < parts; ++part) sum.add(B::load(packed + ((part * n + j) * components + m) * C));
+        sum.store(out + (m * n + j) * k + channel, count);
+      }
+  };
+  run(parallel, (n + 63) / 64, body);
+}
+
+// With a table, receivers are split into a number of parts that does not depend on the threads; each part has its own
+// sum over senders, and the parts are added in order: the same result, bit for bit, on any number of threads.
 template <class T, int C>
 void convolution_backward(const MdplugConvolution& shape, int64_t n_senders, int64_t begin, int64_t end, const T* sent,
                           const T* harmonics, const MdplugRadial& radial, const int32_t* sender, const int32_t* first,
                           const T* grad, T* grad_sent, T* grad_harmonics, T* grad_radial, MdplugParallel parallel) {
-  using B = Block<T, C>;
   Paths paths(shape);
   const int64_t k = shape.k, n = end - begin, e0 = first[begin], e1 = first[end];
   paths.layout(n);
   const int n_sent = paths.n_sent, size = n_sent * C;
   const std::vector<Knot<T>> knots = all_knots<T>(radial, e0, e1, parallel);
-  if (radial.table) std::memset(grad_radial, 0, sizeof(T) * (e1 - e0));
+  std::memset(grad_radial, 0, sizeof(T) * (e1 - e0));
   std::memset(grad_harmonics, 0, sizeof(T) * (e1 - e0) * paths.n_harmonics);
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(8, n / 4)), atoms = 16;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(8, n / 4));
   Scratch<T> h(n_senders * size), dh(parts * n_senders * size);
   for (int64_t block = 0; block * C < k; ++block) {
     const int64_t channel = block * C;
     const int count = int(std::min<int64_t>(C, k - channel));
     pack<T, C>(sent, n_senders, n_sent, k, channel, count, h.data(), parallel);
-    const T* table =
-        radial.table ? static_cast<const T*>(radial.table) + block * radial.rows * paths.n_paths * kOrders * C : nullptr;
-    const Slice<T, C> slice{paths, radial, table, knots, h.data(), harmonics, sender, first, begin, e0, channel, count};
+    const Slice<T, C> slice{paths, radial, table_of<T, C>(radial, paths, block), nullptr, knots, h.data(), harmonics,
+                            sender, first, begin, e0, channel, count};
     auto body = [&](int64_t part) {
       T* sums = dh.data() + part * n_senders * size;
       std::memset(sums, 0, sizeof(T) * n_senders * size);
-      const int64_t last = begin + n * (part + 1) / parts;
-      for (int64_t from = begin + n * part / parts; from < last; from += atoms)
-        for (const Group& group : paths.groups) {
-          Scratch<T> q(group.n_outer * C);
-          with_width(group.l2, [&](auto m) {
-            group_backward<T, C, m()>(slice, group, from, std::min(last, from + atoms), grad, q.data(), sums,
-                                      grad_harmonics, grad_radial);
-          });
-        }
+      backward_part<T, C>(slice, begin + n * part / parts, begin + n * (part + 1) / parts, grad, sums, grad_harmonics,
+                          grad_radial);
     };
     run(parallel, parts, body);
-    auto collect = [&](int64_t chunk) {
-      const int64_t last = std::min(n_senders, (chunk + 1) * 64);
-      for (int64_t j = chunk * 64; j < last; ++j)
-        for (int m = 0; m < n_sent; ++m) {
-          B sum = B::zero();
-          for (int64_t part = 0; part < parts; ++part) sum.add(B::load(dh.data() + (part * n_senders + j) * size + m * C));
-          sum.store(grad_sent + (m * n_senders + j) * k + channel, count);
-        }
-    };
-    run(parallel, (n_senders + 63) / 64, collect);
+    unpack<T, C>(dh.data(), parts, n_senders, n_sent, k, channel, count, grad_sent, parallel);
   }
 }
 

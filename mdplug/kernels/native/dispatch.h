@@ -41,6 +41,7 @@ struct Of;
     static auto density_backward() { return kernels().density_backward_##S; }                                \
     static auto convolution() { return kernels().convolution_##S; }                                          \
     static auto convolution_backward() { return kernels().convolution_backward_##S; }                        \
+    static auto convolution_second() { return kernels().convolution_second_##S; }                            \
     static auto polynomial() { return kernels().polynomial_##S; }                                            \
     static auto polynomial_backward() { return kernels().polynomial_backward_##S; }                          \
     static auto polynomial_coefficients() { return kernels().polynomial_coefficients_##S; }                  \
