@@ -113,9 +113,9 @@ def _linear_backward(name: str, values: int, linear: Sequence[int]) -> Callable[
         places = [*linear[:-1], r if tabulated else values]
         if not any(_wanted(ctx, i) for i in places):
             return tuple(found)
-        first, begin = _range(name, arguments)
+        pairs = _range(name, arguments)
         for i, part in zip(places, getattr(ops, f"{name}_backward")(*arguments, grad.contiguous()), strict=True):
-            found[i] = _of_all(part, arguments[r], first, begin) if i in (HARMONICS[name], r) else part
+            found[i] = _of_all(part, arguments[HARMONICS[name]], *pairs) if i in (HARMONICS[name], r) else part
         return tuple(found)
 
     return backward
@@ -206,9 +206,9 @@ def _polynomial_coefficients_backward(ctx: Any, along: Tensor | None) -> Grads:
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 
-def _pairs_of(r: Tensor, first: Tensor, begin: int, end: int) -> Any:
+def _pairs_of(harmonics: Tensor, first: Tensor, begin: int, end: int) -> Any:
     if begin == 0 and end == first.shape[0] - 1:
-        return r.shape[0]
+        return harmonics.shape[0]
     return torch.library.get_ctx().new_dynamic_size()
 
 
@@ -239,7 +239,7 @@ def _density(
 
 def _density_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     harmonics, table, values, r, _, _, first, _, begin, end = arguments[:10]
-    n = _pairs_of(r, first, begin, end)
+    n = _pairs_of(harmonics, first, begin, end)
     of_radial = r.new_empty(n) if table.numel() else torch.empty_like(values)
     return harmonics.new_empty(n, harmonics.shape[1]), of_radial
 
@@ -254,7 +254,7 @@ def _convolution(
 
 def _convolution_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     sent, harmonics, table, values, r, _, _, first, _, _, _, begin, end = arguments[:13]
-    n = _pairs_of(r, first, begin, end)
+    n = _pairs_of(harmonics, first, begin, end)
     of_radial = r.new_empty(n) if table.numel() else torch.empty_like(values)
     return torch.empty_like(sent), harmonics.new_empty(n, harmonics.shape[1]), of_radial
 

@@ -5,6 +5,7 @@ differentiates the operators once and twice (mdplug.kernels.autograd).
 """
 
 from functools import cache
+from math import prod
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
@@ -16,29 +17,34 @@ from mdplug.potentials.blocks.contraction import sparse_polynomial
 from mdplug.potentials.blocks.convolution import Path, per_irrep, split_irreps
 from mdplug.potentials.blocks.kernel_graph import Atoms, coupling, sort_atoms
 from mdplug.potentials.blocks.knots import LANES, in_blocks, radial_values
+from mdplug.potentials.blocks.radial import SpeciesNet
 
 ops: Any = torch.ops.mdplug
+AT_A_TIME = 2**20  # radial functions of one convolution: the allocator then has the memory at hand
 
 
 class TrainingGraph(NamedTuple):
     """Pairs inside the cutoff, by receiver, atoms by species.
 
     Attributes:
-        r: (P,) A. receiver: (P,) int64, sender: (P,) int32 sorted places. first: (n + 1,) int32.
-        harmonics: (P, (l_max+1)^2). sender_kind: (P,) int32, see `Atoms.kind`. atoms: see there.
-        present: (S',) int64, as atoms.present. none, no_kind: empty, of the model's dtype and int32.
+        r: (U,) A, one of each pair and its reverse. row: (P,) int32, the place in r of every pair.
+        receiver: (P,) int64, sender: (P,) int32 sorted places. first: (n + 1,) int32.
+        receiving, sending: (U,) species. harmonics: (P, (l_max+1)^2). sender_kind: (P,) int32, see `Atoms.kind`.
+        atoms: see there. present: (S',) int64, as atoms.present. none: empty, of the model's dtype.
     """
 
     r: Tensor
+    row: Tensor
     receiver: Tensor
     sender: Tensor
     first: Tensor
+    receiving: Tensor
+    sending: Tensor
     harmonics: Tensor
     sender_kind: Tensor
     atoms: Atoms
     present: Tensor
     none: Tensor
-    no_kind: Tensor
 
 
 def usable(mace: Any, vectors: Tensor) -> bool:
@@ -51,20 +57,45 @@ def build_graph(mace: Any, species: Tensor, pairs: Tensor, vectors: Tensor, n_ow
     autograd.register()
     atoms = sort_atoms(species, n_owned)
     found = ops.graph(pairs.contiguous(), vectors.detach(), atoms.place, n_owned, float(mace.cutoff))
-    _, length, receiver, sender, first, origin = found
+    vec, length, receiver, sender, first, origin = found
     left, right = mace.harmonics.products()
     inside = vectors.index_select(0, origin)
     harmonics = ops.harmonics(inside, length, left, right, mace.harmonics.table, mace.harmonics.l_max)
-    r = torch.linalg.vector_norm(inside, dim=1)
+    chosen, row = torch.arange(len(length)), torch.arange(len(length))
+    if not any(isinstance(net, SpeciesNet) for net in mace.radial.nets):  # these see who receives
+        chosen, row = share_reverses(vec, length, receiver, sender, len(species))
+    r = torch.linalg.vector_norm(inside.index_select(0, chosen), dim=1)
+    receiver = receiver.long()
+    receiving, sending = atoms.species[receiver[chosen]], atoms.species[sender[chosen]]
     present = torch.tensor(atoms.present, dtype=torch.int64)
     kind = atoms.kind.index_select(0, sender)
-    none = vectors.new_empty(0)
-    return TrainingGraph(r, receiver.long(), sender, first, harmonics, kind, atoms, present, none, sender.new_empty(0))
+    return TrainingGraph(
+        r, row.to(torch.int32), receiver, sender, first, receiving, sending, harmonics, kind, atoms, present,
+        vectors.new_empty(0),
+    )  # fmt: skip
+
+
+def share_reverses(
+    vectors: Tensor, r: Tensor, receiver: Tensor, sender: Tensor, n_atoms: int
+) -> Tuple[Tensor, Tensor]:
+    """Pairs of which each other one is the exact reverse, or has none: what depends on r alone need be made once.
+
+    Returns:
+        (U,) int64 these pairs; (P,) int64 for every pair the place among them.
+    """
+    low, high = torch.minimum(receiver, sender).long(), torch.maximum(receiver, sender).long()
+    by_r = torch.argsort(r, stable=True)
+    order = by_r[torch.argsort((low * n_atoms + high)[by_r], stable=True)]
+    a, b = order[:-1], order[1:]
+    reverse = (receiver[a] == sender[b]) & (sender[a] == receiver[b]) & (vectors[a] == -vectors[b]).all(dim=1)
+    starts = torch.cat([torch.ones(min(1, len(r)), dtype=torch.bool), ~reverse])
+    row = torch.empty_like(order).index_copy_(0, order, torch.cumsum(starts, 0) - 1)
+    return order[starts], row
 
 
 def neighbour_sum(values: Tensor, graph: TrainingGraph) -> Tensor:
-    """(P,) -> (n,), summed over the pairs that each atom receives."""
-    return values.new_zeros(graph.atoms.n).index_add(0, graph.receiver, values)
+    """(U,) -> (n,), summed over the pairs that each atom receives."""
+    return values.new_zeros(graph.atoms.n).index_add(0, graph.receiver, values.index_select(0, graph.row))
 
 
 def per_species(features: Tensor, weight: Tensor, atoms: Atoms) -> Tensor:
@@ -85,23 +116,27 @@ def convolve(messages: Any, sent: Tensor, columns: Tensor, weight: Tensor, graph
     """Messages of all paths, per l3 (2 l3 + 1, n, paths to it * k).
 
     Args:
-        messages: a `Messages`. sent: ((l_in+1)^2, N, k). columns: (P, b). weight: (b, paths, k).
+        messages: a `Messages`. sent: ((l_in+1)^2, N, k). columns: (U, b). weight: (b, paths, k).
     """
-    n, k = graph.atoms.n, sent.shape[2]
-    values = radial_values(columns, weight)
-    flat = ops.convolution(
-        sent.contiguous(), graph.harmonics, graph.none, values, graph.r.detach(), graph.no_kind, graph.sender,
-        graph.first, *_paths_and_coupling(tuple(messages.paths)), 0, n, 0.0, 1.0, 2,
-    )  # fmt: skip
-    widths = [(2 * ell + 1, k * count) for ell, count in enumerate(messages.fan_in)]
-    parts = torch.split(flat, [m * n * width for m, width in widths])
-    return [part.view(m, n, width) for part, (m, width) in zip(parts, widths, strict=True)]
+    n, k, lanes = graph.atoms.n, sent.shape[2], LANES[sent.dtype]
+    tables = _paths_and_coupling(tuple(messages.paths))
+    at_a_time = max(AT_A_TIME // max(columns.shape[0] * weight.shape[1] * lanes, 1), 1) * lanes
+    pieces: List[List[Tensor]] = [[] for _ in messages.fan_in]
+    for some, matrices in zip(torch.split(sent, at_a_time, dim=2), torch.split(weight, at_a_time, dim=2), strict=True):
+        flat = ops.convolution(
+            some.contiguous(), graph.harmonics, graph.none, radial_values(columns, matrices), graph.none,
+            graph.row, graph.sender, graph.first, *tables, 0, n, 0.0, 1.0, 2,
+        )  # fmt: skip
+        shapes = [(2 * ell + 1, n, count, some.shape[2]) for ell, count in enumerate(messages.fan_in)]
+        for piece, part, shape in zip(pieces, torch.split(flat, [prod(s) for s in shapes]), shapes, strict=True):
+            piece.append(part.view(shape))
+    return [(p[0] if len(p) == 1 else torch.cat(p, dim=3)).flatten(2) for p in pieces]
 
 
 def density_messages(messenger: Any, table: Tensor, columns: Tensor, graph: TrainingGraph) -> Tensor:
     """((l_max+1)^2, n, K) of a layer whose sender features, table (S', k), depend on the element alone."""
     density = ops.density(
-        graph.harmonics, graph.none, columns.contiguous(), graph.r.detach(), graph.no_kind, graph.sender_kind,
+        graph.harmonics, graph.none, columns.index_select(0, graph.row), graph.none, graph.row, graph.sender_kind,
         graph.first, len(graph.atoms.present), 0, graph.atoms.n, 0.0, 1.0, 2,
     )  # fmt: skip
     parts = []
@@ -115,7 +150,7 @@ def message(messenger: Any, sent: Tensor, table: Tensor, own: Tensor, columns: T
     """((l_max+1)^2, n, K) features that the product takes; arguments as in `convolve` and `density_messages`.
 
     Args:
-        own: ((l_in+1)^2, n, k) of the receivers. columns: (P, b [+ 1]) radial features and density.
+        own: ((l_in+1)^2, n, k) of the receivers. columns: (U, b [+ 1]) radial features and density.
     """
     from mdplug.potentials.blocks.interaction import GatedMessenger
 
@@ -185,13 +220,12 @@ def local(
     """See `Potential.local`; species (N,) int64 in place of the numbers."""
     graph = build_graph(mace, species, pairs, vectors, n_owned)
     atoms = graph.atoms
-    receiving, sending = atoms.species[graph.receiver], atoms.species[graph.sender]
     r = graph.r.unsqueeze(1)
-    columns = mace.radial(r, receiving, sending)
+    columns = mace.radial(r, graph.receiving, graph.sending)
     atom_head = head[system_index[atoms.order]]
     energy = torch.zeros_like(mace.shift[atom_head])
     if mace.has_repulsion:
-        energy = neighbour_sum(mace.repulsion(r, receiving, sending), graph)
+        energy = neighbour_sum(mace.repulsion(r, graph.receiving, graph.sending), graph)
     start = mace.embedding[atoms.species]
     outside = torch.zeros_like(energy)  # what scale does not multiply
     if mace.has_state:

@@ -318,7 +318,7 @@ void group_backward(const Slice<T, C>& s, const Group& group, int64_t from, int6
 // dy and dr of all pairs of receivers from..to, dh (senders, components, C) of all senders: added to.
 template <class T, int C>
 void backward_part(const Slice<T, C>& slice, int64_t from, int64_t to, const T* grad, T* dh, T* dy, T* dr) {
-  constexpr int64_t atoms = 16;
+  const int64_t atoms = slice.table ? 16 : 1;  // values of a pair are used by this pair alone
   for (int64_t i = from; i < to; i += atoms)
     for (const Group& group : slice.paths.groups) {
       Scratch<T> q(group.n_outer * C);

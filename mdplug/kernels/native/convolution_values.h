@@ -115,6 +115,8 @@ void convolution_second(const MdplugConvolution& shape, int64_t n_senders, int64
   paths.layout(end - begin);
   const int64_t size = n_senders * paths.n_sent * C, of_block = paths.n_paths * C;
   std::memset(grad_values, 0, sizeof(T) * radial.rows * paths.value_row(C));
+  int most = 0;
+  for (const Group& group : paths.groups) most = std::max(most, group.n_outer);
   const std::vector<Knot<T>> knots(1);
   auto body = [&](int64_t block) {
     const int64_t channel = block * C;
@@ -126,14 +128,13 @@ void convolution_second(const MdplugConvolution& shape, int64_t n_senders, int64
     const Slice<T, C> slice{paths, radial, nullptr, values_of<T, C>(radial, paths, block), knots,
                             h.data(), harmonics, sender, first, begin, e0, channel, count};
     const Moves<T> move{move_h.data(), move_harmonics, move_values + block * of_block};
-    for (const Group& group : paths.groups) {
-      Scratch<T> q(group.n_outer * C), sums(group.n_outer * C);
-      with_width(group.l2, [&](auto m) {
-        for (int64_t i = begin; i < end; ++i)
+    Scratch<T> q(most * C), sums(most * C);
+    for (int64_t i = begin; i < end; ++i)
+      for (const Group& group : paths.groups)
+        with_width(group.l2, [&](auto m) {
           group_second<T, C, m()>(slice, move, group, i, grad, q.data(), sums.data(), grad_grad, dh.data(),
                                   grad_values + block * of_block);
-      });
-    }
+        });
     unpack<T, C>(dh.data(), 1, n_senders, paths.n_sent, k, channel, count, grad_sent, in_place);
   };
   run(parallel, blocks, body);
