@@ -220,7 +220,7 @@ class MACE(Potential):
         species = self.species_of[torch.clamp(numbers, max=self.species_of.shape[0] - 1)]
         if bool(((species < 0) | (numbers >= self.species_of.shape[0])).any()):
             raise InputError("an atom is of an element that the model does not know; see Spec.species")
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # noqa: SIM102  (a constant: TorchScript drops the block)
             if self.training and kernel_training.usable(self, vectors):
                 return kernel_training.local(
                     self, species, pairs, vectors, n_owned, system_index, total_charge, total_spin, head

@@ -15,7 +15,7 @@ def radial(table: Tensor, values: Tensor, r: Tensor, kind: Tensor, first: float,
     """Radial functions of pairs: (E, b) or (E, P, channels), from a table or as given.
 
     Args:
-        table: (rows, 3, b) or (blocks, rows, P, 3, C); empty: `values` (E, b) or (rows, blocks, P, C) are the functions.
+        table: (rows, 3, b) or (blocks, rows, P, 3, C); empty: `values`, (E, b) or (rows, blocks, P, C), are given.
         r: (E,) A. kind: (E,) int32 which table, or which row of the values (pairs may share one); or empty.
         first, step: A, of the knots. per_kind: knots of each table.
     """

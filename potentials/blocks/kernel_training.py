@@ -20,7 +20,7 @@ from mdplug.potentials.blocks.knots import LANES, in_blocks, radial_values
 from mdplug.potentials.blocks.radial import SpeciesNet
 
 ops: Any = torch.ops.mdplug
-AT_A_TIME = 2**20  # radial functions of one convolution: the allocator then has the memory at hand
+AT_A_TIME = 2**19  # radial functions of one convolution: the allocator then has the memory at hand
 
 
 class TrainingGraph(NamedTuple):
@@ -75,9 +75,7 @@ def build_graph(mace: Any, species: Tensor, pairs: Tensor, vectors: Tensor, n_ow
     )  # fmt: skip
 
 
-def share_reverses(
-    vectors: Tensor, r: Tensor, receiver: Tensor, sender: Tensor, n_atoms: int
-) -> Tuple[Tensor, Tensor]:
+def share_reverses(vectors: Tensor, r: Tensor, receiver: Tensor, sender: Tensor, n_atoms: int) -> Tuple[Tensor, Tensor]:
     """Pairs of which each other one is the exact reverse, or has none: what depends on r alone need be made once.
 
     Returns:
@@ -118,7 +116,7 @@ def convolve(messages: Any, sent: Tensor, columns: Tensor, weight: Tensor, graph
     Args:
         messages: a `Messages`. sent: ((l_in+1)^2, N, k). columns: (U, b). weight: (b, paths, k).
     """
-    n, k, lanes = graph.atoms.n, sent.shape[2], LANES[sent.dtype]
+    n, lanes = graph.atoms.n, LANES[sent.dtype]
     tables = _paths_and_coupling(tuple(messages.paths))
     at_a_time = max(AT_A_TIME // max(columns.shape[0] * weight.shape[1] * lanes, 1), 1) * lanes
     pieces: List[List[Tensor]] = [[] for _ in messages.fan_in]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from contract import check, liquid
+from kernel_scene import scene
 from mace_models import CONTRACT, FURTHER, box, build
 
 import mdplug
@@ -15,7 +16,6 @@ from mdplug.kernels import reference
 from mdplug.pairs import pairs
 from mdplug.potentials.blocks.contraction import SymmetricContraction, sparse_polynomial
 from mdplug.potentials.blocks.convolution import paths
-from mdplug.potentials.blocks.harmonics import SphericalHarmonics
 from mdplug.potentials.blocks.kernel_graph import coupling
 from mdplug.potentials.blocks.knots import LANES, in_blocks
 from mdplug.potentials.mace_kernels import KernelMACE
@@ -28,24 +28,6 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 def close(got, wanted):
     scale = max(float(wanted.abs().max()), 1e-3) if wanted.numel() else 1.0
     torch.testing.assert_close(got, wanted, atol=TOLERANCE[wanted.dtype] * scale, rtol=0)
-
-
-def scene(n, degree, dtype, seed=0, ghosts=0, l_max=3):
-    """Random pairs by receiver: some atoms have none. Returns vectors, r, sender, first, harmonics."""
-    g = torch.Generator().manual_seed(seed)
-    counts = torch.randint(0, degree + 1, (n,), generator=g)
-    if n > 2:
-        counts[1] = 0  # an isolated atom
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
-    e = int(first[-1])
-    sender = torch.randint(0, max(n + ghosts, 1), (e,), generator=g).to(torch.int32)
-    vectors = torch.randn(e, 3, generator=g, dtype=torch.float64)
-    vectors = (vectors * (0.2 + 3 * torch.rand(e, 1, generator=g)) / vectors.norm(dim=1, keepdim=True)).to(dtype)
-    r = vectors.norm(dim=1)
-    module = SphericalHarmonics(l_max, dtype)
-    left, right = module.products()
-    y = torch.ops.mdplug.harmonics(vectors, r, left, right, module.table, l_max)
-    return vectors, r, sender, first, y, (left, right, module.table), g
 
 
 @native

@@ -11,6 +11,8 @@
 
 namespace MDPLUG_ISA {
 
+constexpr int kAhead = 4;  // pairs
+
 struct Term {
   int outer, out;  // within the group: block of the outer sums; of all: output component
   double value;
@@ -112,6 +114,15 @@ struct Slice {
   // Place of a pair's radial function among the values; pairs may share a row.
   MDPLUG_INLINE int64_t value(const Path& path, int64_t e) const {
     return (radial.kind ? radial.kind[e] : e - e0) * paths.value_row(C) + path.number * C;
+  }
+  // Asks for the values of a later pair, and for where their cotangents go (or null): neighbours lie far apart.
+  MDPLUG_INLINE void expect(const Group& group, int64_t e, const T* other, const T* cotangents) const {
+    for (const Path& path : group.paths) {
+      const int64_t at = value(path, e);
+      __builtin_prefetch(values + at);
+      if (other) __builtin_prefetch(other + at);
+      if (cotangents) __builtin_prefetch(cotangents + at, 1);
+    }
   }
   MDPLUG_INLINE const T* features(int64_t e) const { return h + int64_t(sender[e]) * paths.n_sent * C; }
 };
@@ -226,7 +237,12 @@ void group_forward(const Slice<T, C>& s, const Group& group, int64_t from, int64
   for (int64_t i = from; i < to; ++i) {
     std::memset(sums, 0, sizeof(T) * group.n_outer * C);
     int64_t e = s.first[i];
-    for (; e + G <= s.first[i + 1]; e += G) add_pairs<T, C, M, G>(s, group, e, sums);
+    for (; e + G <= s.first[i + 1]; e += G) {
+      if (s.values)
+        for (int g = 0; g < G; ++g)
+          if (e + kAhead + g < s.first[i + 1]) s.expect(group, e + kAhead + g, nullptr, nullptr);
+      add_pairs<T, C, M, G>(s, group, e, sums);
+    }
     for (; e < s.first[i + 1]; ++e) add_pairs<T, C, M, 1>(s, group, e, sums);
     couple<T, C>(s, group, i, sums, out);
   }
@@ -270,6 +286,7 @@ void group_backward(const Slice<T, C>& s, const Group& group, int64_t from, int6
   for (int64_t i = from; i < to; ++i) {
     uncouple<T, C>(s, group, i, grad, q);
     for (int64_t e = s.first[i]; e < s.first[i + 1]; ++e) {
+      if (s.values && e + kAhead < s.first[i + 1]) s.expect(group, e + kAhead, nullptr, dr);
       const T *y = s.harmonics + e * n_y + group.l2 * group.l2, *own = s.features(e);
       T* to_sender = dh + int64_t(s.sender[e]) * n_sent * C;
       constexpr int N = (M + 4) / 4 * 4;  // derivatives by Y, then by r

@@ -67,6 +67,7 @@ void group_second(const Slice<T, C>& s, const Moves<T>& move, const Group& group
   std::memset(sums, 0, sizeof(T) * group.n_outer * C);
   uncouple<T, C>(s, group, i, grad, q);
   for (int64_t e = s.first[i]; e < s.first[i + 1]; ++e) {
+    if (e + kAhead < s.first[i + 1]) s.expect(group, e + kAhead, move.values, dvalues);
     const T *y = s.harmonics + e * n_y + group.l2 * group.l2, *dy = move.harmonics + e * n_y + group.l2 * group.l2;
     const int64_t from = int64_t(s.sender[e]) * n_sent * C;
     for (const Path& path : group.paths) {
