@@ -7,6 +7,7 @@ In an evaluation the force pass asks for derivatives by the pair vectors and the
 each formula leaves out what its pass does not ask for.
 """
 
+import threading
 from functools import cache
 from typing import Any, Callable, Sequence
 
@@ -24,9 +25,17 @@ HARMONICS = {"density": 0, "convolution": 1}
 DENSITY_VALUES, CONVOLUTION_VALUES = 2, 3
 
 
-@cache
+_registering = threading.Lock()
+
+
 def register() -> None:
     """Teach torch the shapes and derivatives of all operators; once, after the library is loaded."""
+    with _registering:  # a trainer has several threads
+        _register()
+
+
+@cache
+def _register() -> None:
     for name, (shape, backward) in OPERATORS.items():
         torch.library.register_fake(f"mdplug::{name}", shape)
         if backward is not None:

@@ -231,6 +231,15 @@ def test_training_on_kernels_is_training(name, monkeypatch):
             assert torch.allclose(got[key], grad, rtol=0, atol=1e-9 * scale), key
 
 
+def test_channels_some_at_a_time(monkeypatch):
+    model = build({"l_hidden": 1, "channels": 20}).train()
+    _, wanted, _ = gradients(model, box())
+    monkeypatch.setattr(kernel_training, "AT_A_TIME", 1)
+    _, got, _ = gradients(model, box())
+    for key, grad in wanted.items():
+        assert float((got[key] - grad).norm()) <= 1e-11 * float(grad.norm()), key
+
+
 def test_float32_follows_float64():
     model = build({"l_hidden": 1}).train()
     _, wanted, _ = gradients(model, box())
