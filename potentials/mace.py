@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mdplug.errors import InputError
 from mdplug.potential import Potential
+from mdplug.potentials.blocks import kernel_training
 from mdplug.potentials.blocks.convolution import build_graph, neighbour_sum
 from mdplug.potentials.blocks.harmonics import SphericalHarmonics
 from mdplug.potentials.blocks.interaction import KINDS, GatedMessenger, Layer, Messenger
@@ -219,6 +220,11 @@ class MACE(Potential):
         species = self.species_of[torch.clamp(numbers, max=self.species_of.shape[0] - 1)]
         if bool(((species < 0) | (numbers >= self.species_of.shape[0])).any()):
             raise InputError("an atom is of an element that the model does not know; see Spec.species")
+        if not torch.jit.is_scripting():  # noqa: SIM102  (a constant: TorchScript drops the block)
+            if self.training and kernel_training.usable(self, vectors):
+                return kernel_training.local(
+                    self, species, pairs, vectors, n_owned, system_index, total_charge, total_spin, head
+                )
         receiver, sender = pairs[0], pairs[1]
         r = torch.linalg.vector_norm(vectors, dim=1)
         keep = r < self.cutoff

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdplug.errors import InputError
 from mdplug.potential import Potential
-from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial
+from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial, sort_atoms
 from mdplug.potentials.blocks.kernel_layer import KernelLayer
 from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
 from mdplug.potentials.blocks.pull_back import pull_back
@@ -288,15 +288,7 @@ class KernelMACE(Potential):
         species = species_of[torch.clamp(numbers, max=species_of.shape[0] - 1)]
         if bool(((species < 0) | (numbers >= species_of.shape[0])).any()):
             raise InputError("an atom is of an element that the model does not know; see Spec.species")
-        order = torch.argsort(species[:n_owned], stable=True)
-        place = torch.arange(len(numbers), dtype=torch.int32)
-        place[order] = torch.arange(n_owned, dtype=torch.int32)
-        by_place = torch.cat([species[order], species[n_owned:]])
-        present = tuple(torch.unique(species).tolist())
-        kind_of = torch.zeros(int(species_of.max()) + 1, dtype=torch.int32)
-        kind_of[list(present)] = torch.arange(len(present), dtype=torch.int32)
-        present = present or (0,)
-        atoms = Atoms(n_owned, order, place, by_place, by_place.to(torch.int32), kind_of[by_place], present)
+        atoms = sort_atoms(species, n_owned)
         self._known = (numbers.clone(), atoms)
         return atoms
 

@@ -128,19 +128,19 @@ def check_convolution(
     index, value = coupling(of)
     block = LANES[dtype] * (2 if k % (2 * LANES[dtype]) == 0 else 1)
     sent = torch.randn((l_in + 1) ** 2, n + ghosts, k, generator=g).to(dtype)
-    table = all_values = torch.zeros(0, dtype=dtype)
+    table = values = torch.zeros(0, dtype=dtype)
+    rows = 2 if tabulated else max(e // 2, 1)  # some pairs share a row of values
     if tabulated:
         flat = torch.randn(2 * knots, len(of) * 3, k, generator=g).to(dtype)
         shape = (-1, 2 * knots, len(of), 3, block)
         table = in_blocks(flat, block).transpose(0, 1).reshape(shape).contiguous()
     else:
-        all_values = torch.randn(e, len(of), k, generator=g).to(dtype)
-    kind = torch.randint(0, 2, (e,), generator=g).to(torch.int32)
+        values = in_blocks(torch.randn(rows, len(of), k, generator=g).to(dtype), block)
+    kind = torch.randint(0, rows, (e,), generator=g).to(torch.int32)
     structure = (torch.tensor(of, dtype=torch.int32), torch.from_numpy(index), torch.from_numpy(value))
     whole: list[tuple[tuple, Tensor]] = []
     for begin, end in ranges(n):
         own = slice(int(first[begin]), int(first[end]))
-        values = all_values if tabulated else all_values[own]
         arguments = (sent, y, table, values, r, kind, sender, first, *structure, begin, end, 0.1, 0.2, knots)
         got = ops.convolution(*arguments)
         close(got, reference.convolution(*arguments))
@@ -163,8 +163,8 @@ def check_polynomial(ops: Any, dtype: torch.dtype, l_out: int, degree: int, k: i
     kind = torch.sort(torch.randint(0, 89, (n,), generator=g)).values
     inputs = torch.randn(9, n, k, generator=g).to(dtype)
     arguments = (
-        inputs, in_blocks(coefficients.to(dtype), LANES[dtype]), kind.to(torch.int32), torch.from_numpy(nodes),
-        torch.from_numpy(term), torch.from_numpy(starts),
+        inputs, in_blocks(coefficients.detach().to(dtype), LANES[dtype]), kind.to(torch.int32), nodes,
+        term, starts,
     )  # fmt: skip
     got = ops.polynomial(*arguments)
     close(got, reference.polynomial(*arguments))
@@ -196,11 +196,12 @@ def check_product(
     messages = torch.randn(sum((2 * ell + 1) * n * row for ell, row in enumerate(rows)), generator=g).to(dtype)
     kind = torch.randint(0, 3, (n,), generator=g).to(torch.int32)
 
+    blocks = in_blocks(coefficients.detach().to(dtype), LANES[dtype])
+
     def arguments(back: bool) -> tuple:
         flat = torch.cat([packed(m.t() if back else m).flatten() for of in matrices for m in of])
         return (
-            flat, torch.tensor(rows, dtype=torch.int32), group, norm, in_blocks(coefficients.to(dtype), LANES[dtype]),
-            kind, torch.from_numpy(nodes), torch.from_numpy(term), torch.from_numpy(starts),
+            flat, torch.tensor(rows, dtype=torch.int32), group, norm, blocks, kind, nodes, term, starts,
             packed(mix.transpose(1, 2) if back else mix), n, k, k_out,
         )  # fmt: skip
 

@@ -197,7 +197,8 @@ class Trainer:
         self._push()
         parts = [part for part in (chosen[k :: self.threads] for k in range(self.threads)) if part]
         whole = (len(chosen), sum(self.train.structures[k].n_atoms for k in chosen))
-        done = list(self._pool.map(lambda part: self._gradient(part, fraction, whole), parts))
+        others = [self._pool.submit(self._gradient, part, fraction, whole) for part in parts[1:]]
+        done = [self._gradient(parts[0], fraction, whole), *(other.result() for other in others)]
         value = sum(v for v, _ in done)
         if not math.isfinite(value):
             raise InputError(

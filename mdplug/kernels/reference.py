@@ -18,11 +18,15 @@ def radial(table: Tensor, values: Tensor, r: Tensor, kind: Tensor, first: float,
     """Radial functions of pairs: (E, b) or (E, P, channels), from a table or as given.
 
     Args:
-        table: (rows, 3, b) or (blocks, rows, P, 3, C); empty: `values` (E, ...) are the functions.
-        r: (E,) A. kind: (E,) int32, or empty. first, step: A, of the knots. per_kind: knots of each table.
+        table: (rows, 3, b) or (blocks, rows, P, 3, C); empty: `values`, (E, b) or (rows, blocks, P, C), are given.
+        r: (E,) A. kind: (E,) int32 which table, or which row of the values (pairs may share one); or empty.
+        first, step: A, of the knots. per_kind: knots of each table.
     """
     if table.numel() == 0:
-        return values
+        if values.dim() == 2:
+            return values
+        rows = values.transpose(1, 2).flatten(2)
+        return rows[kind.long()] if kind.numel() else rows[: len(r)]
     x = (r - first) / step
     index = x.detach().floor().clamp(0, per_kind - 2)
     weights, _ = quintic(x - index, step)

@@ -232,35 +232,47 @@ class SymmetricContraction(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-def sparse_polynomial(
-    contraction: SymmetricContraction,
-) -> Tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
-    """The same polynomial as a list of products, for kernels that walk it.
+@cache
+def sparse_structure(l_max: int, l_out: int, degree: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The polynomial as a list of products, for kernels that walk it.
 
     Entries are the features 0..(l_max+1)^2 - 1, then the nodes, each the product of two earlier entries.
 
     Returns:
         nodes (n, 2) int32; term (T,) int32: the entry that each coefficient multiplies, terms of one output component
-        together; starts (components + 1) int32; coefficients (S or 1, T, K).
+        together; starts (components + 1) int32; order (T,) int64: the rows of the powers' coefficients, one power after
+        another, that they are.
     """
     blocks = []  # (component of the output, monomial) of every row of coefficients
-    for ell, output in enumerate(contraction.outputs):
-        for nu in range(1, len(output.powers) + 1):  # type: ignore[arg-type]
-            index, _, sizes = symmetric_basis(contraction.l_max, ell, nu)
+    for ell in range(l_out + 1):
+        for nu in range(1, degree + 1):
+            index, _, sizes = symmetric_basis(l_max, ell, nu)
             rows = np.repeat(np.arange(ell * ell, (ell + 1) ** 2), sizes)
             blocks += [(int(row), tuple(term)) for row, term in zip(rows, index.T.tolist(), strict=True)]
-    parts: List[Tensor] = []
-    for output in contraction.outputs:
-        parts.extend(output(None))
-    coefficients = torch.cat(parts, dim=1).detach()
     order = sorted(range(len(blocks)), key=lambda row: blocks[row][0])
-    counts = np.bincount([row for row, _ in blocks], minlength=contraction.n_components)
-    entry = _products({term for _, term in blocks}, contraction.n_factors - 1)
+    counts = np.bincount([row for row, _ in blocks], minlength=(l_out + 1) ** 2)
+    entry = _products({term for _, term in blocks}, (l_max + 1) ** 2)
     term = np.array([entry[blocks[row][1]][0] for row in order], dtype=np.int32)
     made = sorted((place, left, right) for place, left, right in entry.values() if left >= 0)
     nodes = np.array([(left, right) for _, left, right in made], dtype=np.int32).reshape(-1, 2)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    return nodes, term, starts, coefficients[:, torch.tensor(order, dtype=torch.int64)].contiguous()
+    return nodes, term, starts, np.array(order, dtype=np.int64)
+
+
+def sparse_polynomial(
+    contraction: SymmetricContraction, present: Optional[Tensor] = None
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Nodes, term and starts of `sparse_structure`, and coefficients (S' or 1, T, K), functions of the weights.
+
+    Args:
+        present: (S',) species whose coefficients are wanted; None: all.
+    """
+    powers = [power for output in contraction.outputs for power in output.powers]  # type: ignore[union-attr]
+    degree = len(powers) // len(contraction.outputs)
+    nodes, term, starts, order = sparse_structure(contraction.l_max, len(contraction.outputs) - 1, degree)
+    rows = torch.cat([power(None if contraction.agnostic else present) for power in powers], dim=1)
+    coefficients = rows.index_select(1, torch.from_numpy(order))
+    return torch.from_numpy(nodes), torch.from_numpy(term), torch.from_numpy(starts), coefficients
 
 
 def _products(wanted: Set[Tuple[int, ...]], n_inputs: int) -> dict[Tuple[int, ...], Tuple[int, int, int]]:

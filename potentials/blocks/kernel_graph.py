@@ -15,7 +15,7 @@ class Atoms(NamedTuple):
     Attributes:
         n: owned atoms. order: (n,) sorted place -> atom. place: (N,) int32 atom -> sorted place, ghosts as they are.
         species: (N,) int64, in sorted order. kind: (N,) int32, place of the species in `present`.
-        present: species that occur among all atoms.
+        present: species that occur among all atoms. groups: (species, begin, end) of the owned atoms.
     """
 
     n: int
@@ -25,6 +25,7 @@ class Atoms(NamedTuple):
     species32: Tensor
     kind: Tensor
     present: Tuple[int, ...]
+    groups: Tuple[Tuple[int, int, int], ...]
 
 
 class Graph(NamedTuple):
@@ -85,6 +86,31 @@ def _added(total: Optional[Tensor], like: Tensor, first: int, part: Tensor) -> T
         total = torch.zeros_like(like)
     total[first : first + len(part)] += part
     return total
+
+
+def sort_atoms(species: Tensor, n_owned: int) -> Atoms:
+    """Atoms by species.
+
+    Args:
+        species: (N,) int64 of all atoms, of which the first n_owned are owned.
+    """
+    order = torch.argsort(species[:n_owned], stable=True)
+    place = torch.arange(len(species), dtype=torch.int32)
+    place[order] = torch.arange(n_owned, dtype=torch.int32)
+    by_place = torch.cat([species[order], species[n_owned:]])
+    present = tuple(torch.unique(species).tolist())
+    kind_of = torch.zeros(max(present, default=0) + 1, dtype=torch.int32)
+    kind_of[list(present)] = torch.arange(len(present), dtype=torch.int32)
+    groups, begin = [], 0
+    for z in present:
+        count = int((by_place[:n_owned] == z).sum())
+        if count:
+            groups.append((z, begin, begin + count))
+            begin += count
+    if not groups:
+        groups.append((present[0] if present else 0, 0, 0))
+        present = present or (0,)
+    return Atoms(n_owned, order, place, by_place, by_place.to(torch.int32), kind_of[by_place], present, tuple(groups))
 
 
 def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mdplug.potentials.blocks.contraction import sparse_polynomial
 from mdplug.potentials.blocks.interaction import GatedMessenger
 from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial, coupling
-from mdplug.potentials.blocks.knots import LANES, in_blocks
+from mdplug.potentials.blocks.knots import LANES, in_blocks, radial_values
 from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.blocks.tables import FIRST_KNOT
 
@@ -59,10 +59,12 @@ class KernelLayer(nn.Module):
         self.register_buffer("coupling", torch.from_numpy(index), persistent=False)
         self.coefficient = torch.from_numpy(value)  # float64 whatever the model is
         nodes, term, starts, coefficients = sparse_polynomial(layer.product)
-        self.register_buffer("nodes", torch.from_numpy(nodes), persistent=False)
-        self.register_buffer("term", torch.from_numpy(term), persistent=False)
-        self.register_buffer("starts", torch.from_numpy(starts), persistent=False)
-        self.register_buffer("coefficients", in_blocks(coefficients, LANES[coefficients.dtype]), persistent=False)
+        self.register_buffer("nodes", nodes, persistent=False)
+        self.register_buffer("term", term, persistent=False)
+        self.register_buffer("starts", starts, persistent=False)
+        self.register_buffer(
+            "coefficients", in_blocks(coefficients.detach(), LANES[coefficients.dtype]), persistent=False
+        )
         self.agnostic = coefficients.shape[0] == 1
         self.register_buffer("no_group", torch.zeros(0, dtype=torch.int32), persistent=False)
         self._weights: Dict[Tuple[int, ...], Weights] = {}
@@ -184,7 +186,7 @@ class KernelLayer(nn.Module):
         )  # fmt: skip
 
     def _values(self, radial: LayerRadial, columns: Tensor) -> Tensor:
-        return torch.mm(columns, radial.weight.flatten(1))
+        return radial_values(columns, radial.weight)
 
     def _chunks(self, first: Tensor, begin: int, end: int) -> List[Tuple[int, int]]:
         """Ranges of atoms with at most AT_A_TIME radial functions of their pairs."""
@@ -277,7 +279,7 @@ class KernelLayer(nn.Module):
     ) -> Tensor:
         """Cotangent of `sent` from that of the messages."""
         tabulated = radial.table.numel() > 0
-        weight = radial.weight.flatten(1)
+        weight = in_blocks(radial.weight, LANES[radial.weight.dtype]).flatten(1)
         chunks = [(0, n)] if tabulated else self._chunks(graph.first, 0, n)
         parts = self._split(grad, n) if len(chunks) > 1 else []
         total: Optional[Tensor] = None

@@ -158,6 +158,12 @@ def in_blocks(values: Tensor, block: int) -> Tensor:
     return padded.view(*values.shape[:2], n_blocks, block).transpose(1, 2).contiguous()
 
 
+def radial_values(columns: Tensor, weight: Tensor) -> Tensor:
+    """Functions of pairs, (E, blocks, P, C) as the kernels take them, from columns (E, b) and weight (b, P, k)."""
+    blocks = in_blocks(weight, LANES[weight.dtype])
+    return torch.mm(columns, blocks.flatten(1)).view(-1, *blocks.shape[1:])
+
+
 def _function_blocks(functions: Tensor, block: int) -> Tensor:
     """(rows, 3, P, k) -> (blocks, rows, P, 3, C)."""
     rows, three, n_paths, _ = functions.shape

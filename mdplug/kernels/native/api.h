@@ -11,11 +11,11 @@ typedef void (*MdplugParallel)(int64_t n, MdplugBody body, void* context);
 // Radial functions of pairs: a table to interpolate in (table != 0), or the values themselves.
 typedef struct {
   const void* table;      // (blocks, rows, P, 3, C) value, slope x step, curvature x step^2 at the knots; zero-padded
-  const void* values;     // (pairs of the call, P, k), in the order of the call; used if table == 0
+  const void* values;     // (rows, blocks, P, C), or (pairs of the call, b) of a density; used if table == 0
   const void* r;          // (E) A
-  const int32_t* kind;    // (E) which table, or 0
+  const int32_t* kind;    // (E) which table, or which row of the values; 0: one table, or the pairs' order in the call
   double first, step;     // A, of the knots
-  int64_t rows, per_kind; // knots in all, and of each table
+  int64_t rows, per_kind; // of the table (knots) or of the values; knots of each table
 } MdplugRadial;
 
 typedef struct {
@@ -51,6 +51,9 @@ typedef struct {
   void (*harmonics_backward_##S)(int64_t n, int l_max, int n_monomials, const int32_t* left, const int32_t* right,    \
                                  const T* table, const T* vectors, const T* r, const T* grad, const T* grad_r,        \
                                  T* out, MdplugParallel parallel);                                                    \
+  void (*harmonics_tangent_##S)(int64_t n, int l_max, int n_monomials, const int32_t* left, const int32_t* right,     \
+                                const T* table, const T* vectors, const T* r, const T* along, T* out, T* out_r,       \
+                                MdplugParallel parallel);                                                              \
   void (*density_##S)(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t kinds, const T* harmonics,            \
                       const MdplugRadial* radial, const int32_t* species, const int32_t* first, T* out,               \
                       MdplugParallel parallel);                                                                       \
@@ -64,6 +67,11 @@ typedef struct {
                                    const T* sent, const T* harmonics, const MdplugRadial* radial,                     \
                                    const int32_t* sender, const int32_t* first, const T* grad, T* grad_sent,          \
                                    T* grad_harmonics, T* grad_radial, MdplugParallel parallel);                       \
+  void (*convolution_second_##S)(const MdplugConvolution* shape, int64_t n_senders, int64_t begin, int64_t end,       \
+                                 const T* sent, const T* harmonics, const MdplugRadial* radial,                       \
+                                 const int32_t* sender, const int32_t* first, const T* grad, const T* move_sent,      \
+                                 const T* move_harmonics, const T* move_values, T* grad_grad, T* grad_sent,           \
+                                 T* grad_values, MdplugParallel parallel);                                            \
   void (*polynomial_##S)(const MdplugPolynomial* shape, int64_t n, int64_t k, const T* inputs,                        \
                          const T* coefficients, const int32_t* kind, T* out, MdplugParallel parallel);                \
   void (*polynomial_backward_##S)(const MdplugPolynomial* shape, int64_t n, int64_t k, const T* inputs,               \
@@ -75,7 +83,13 @@ typedef struct {
                                const T* norm, const T* coefficients, const T* mix, T* grad_messages, T* grad_density,  \
                                MdplugParallel parallel);                                                               \
   void (*linear_##S)(const MdplugLinear* shape, const T* features, const T* weight, const T* base, T* out,             \
-                     MdplugParallel parallel);
+                     MdplugParallel parallel);                                                                         \
+  void (*polynomial_coefficients_##S)(const MdplugPolynomial* shape, int64_t n, int64_t k, int64_t kinds,             \
+                                      const T* inputs, const int32_t* kind, const T* grad, T* out,                    \
+                                      MdplugParallel parallel);                                                        \
+  void (*polynomial_second_##S)(const MdplugPolynomial* shape, int64_t n, int64_t k, int64_t kinds, const T* inputs,  \
+                                const T* coefficients, const int32_t* kind, const T* grad, const T* along,            \
+                                T* grad_grad, T* grad_inputs, T* grad_coefficients, MdplugParallel parallel);
 
 typedef struct {
   const char* name;

@@ -11,6 +11,8 @@
 
 namespace MDPLUG_ISA {
 
+constexpr int kAhead = 4;  // pairs
+
 struct Term {
   int outer, out;  // within the group: block of the outer sums; of all: output component
   double value;
@@ -65,6 +67,9 @@ struct Paths {
     }
   }
 
+  // Numbers of one row of the values, (blocks, P, C).
+  int64_t value_row(int64_t block) const { return (shape.k + block - 1) / block * block * n_paths; }
+
   // Output of n atoms: for each l3 a matrix (2 l3 + 1, n, paths to l3, k), one after another.
   void layout(int64_t n) {
     int64_t offset = 0;
@@ -88,21 +93,32 @@ struct Paths {
 template <class T, int C>
 struct Slice {
   const T* table;                // of the block, or null
-  const T* values;               // of all channels, if there is no table
+  const T* values;               // of the block in the first row, where there is no table
   const Knot<T>* knots;          // of the call's first pair
   const T* h;                    // (n_senders, components, C)
   const T* harmonics;
-  const int32_t *sender, *first;
+  const int32_t *sender, *first, *kind;
   const int64_t *base, *out_stride;  // of the output components, see Paths::layout
-  int64_t begin, e0, channel, k, knot_stride;
-  int count, n_paths, n_sent, n_harmonics;
+  int64_t begin, e0, channel, knot_stride, value_row;
+  int count, n_sent, n_harmonics;
 
   MDPLUG_INLINE const T* row(int path, int64_t e) const {
     return table + knots[e - e0].row * knot_stride + path * (kOrders * C);
   }
   MDPLUG_INLINE Block<T, C> radial_of(int path, int64_t e) const {
     if (table) return interpolate<T, C>(row(path, e), knot_stride, knots[e - e0].value);
-    return Block<T, C>::load(values + ((e - e0) * n_paths + path) * k + channel, count);
+    return Block<T, C>::load(values + value(path, e));
+  }
+  // Place of a pair's radial function among the values; pairs may share a row.
+  MDPLUG_INLINE int64_t value(int path, int64_t e) const { return (kind ? kind[e] : e - e0) * value_row + path * C; }
+  // Asks for the values of a later pair, and for where their cotangents go (or null): neighbours lie far apart.
+  MDPLUG_INLINE void expect(const Path* paths, const Path* end, int64_t e, const T* other, const T* cotangents) const {
+    for (; paths != end; ++paths) {
+      const int64_t at = value(paths->number, e);
+      __builtin_prefetch(values + at);
+      if (other) __builtin_prefetch(other + at);
+      if (cotangents) __builtin_prefetch(cotangents + at, 1);
+    }
   }
   MDPLUG_INLINE const T* features(int64_t e) const { return h + int64_t(sender[e]) * n_sent * C; }
 };
@@ -173,9 +189,21 @@ MDPLUG_INLINE void add_pairs(const Slice<T, C>& s, const Path* paths, const Path
   }
 }
 
+// Messages of receiver i from the outer sums of a group.
+template <class T, int C>
+MDPLUG_INLINE void couple(const Slice<T, C>& s, const Group& group, int64_t i, const T* sums, T* out) {
+  using B = Block<T, C>;
+  const Term *term = group.terms.data(), *end = term + group.terms.size();
+  while (term != end) {
+    const int o = term->out;
+    B a = B::zero();
+    for (; term != end && term->out == o; ++term) a.fma(T(term->value), B::load(sums + term->outer * C));
+    a.store(out + s.base[o] + (i - s.begin) * s.out_stride[o] + s.channel, s.count);
+  }
+}
+
 template <class T, int C, int M>
 void group_forward(const Slice<T, C> s, const Group& group, int64_t from, int64_t to, T* sums, T* out) {
-  using B = Block<T, C>;
   constexpr int G = Block<T, C>::NV <= 2 ? 4 : 2;  // as many as the registers hold
   const Path *paths = group.paths.data(), *end = paths + group.paths.size();
   const int from_y = group.l2 * group.l2;
@@ -183,15 +211,14 @@ void group_forward(const Slice<T, C> s, const Group& group, int64_t from, int64_
     std::memset(sums, 0, sizeof(T) * group.n_outer * C);
     const int64_t last = s.first[i + 1];
     int64_t e = s.first[i];
-    for (; e + G <= last; e += G) add_pairs<T, C, M, G>(s, paths, end, from_y, e, sums);
-    for (; e < last; ++e) add_pairs<T, C, M, 1>(s, paths, end, from_y, e, sums);
-    const Term *term = group.terms.data(), *end_terms = term + group.terms.size();
-    while (term != end_terms) {
-      const int o = term->out;
-      B a = B::zero();
-      for (; term != end_terms && term->out == o; ++term) a.fma(T(term->value), B::load(sums + term->outer * C));
-      a.store(out + s.base[o] + (i - s.begin) * s.out_stride[o] + s.channel, s.count);
+    for (; e + G <= last; e += G) {
+      if (s.values)
+        for (int g = 0; g < G; ++g)
+          if (e + kAhead + g < last) s.expect(paths, end, e + kAhead + g, nullptr, nullptr);
+      add_pairs<T, C, M, G>(s, paths, end, from_y, e, sums);
     }
+    for (; e < last; ++e) add_pairs<T, C, M, 1>(s, paths, end, from_y, e, sums);
+    couple<T, C>(s, group, i, sums, out);
   }
 }
 
@@ -202,21 +229,21 @@ Slice<T, C> slice_of(const Paths& paths, const MdplugRadial& radial, const std::
   const int64_t k = paths.shape.k, channel = block * C, stride = int64_t(paths.n_paths) * kOrders * C;
   const T* table = static_cast<const T*>(radial.table);
   return {table ? table + block * radial.rows * stride : nullptr,
-          static_cast<const T*>(radial.values),
+          radial.values ? static_cast<const T*>(radial.values) + block * paths.n_paths * C : nullptr,
           knots.data(),
           h,
           harmonics,
           sender,
           first,
+          radial.kind,
           paths.base.data(),
           paths.stride.data(),
           begin,
           first[begin],
           channel,
-          k,
           stride,
+          paths.value_row(C),
           int(std::min<int64_t>(C, k - channel)),
-          paths.n_paths,
           paths.n_sent,
           paths.n_harmonics};
 }
@@ -247,7 +274,7 @@ void convolution(const MdplugConvolution& shape, int64_t n_senders, int64_t begi
 
 // Cotangents q of the outer sums of receiver i, from those of its messages.
 template <class T, int C>
-MDPLUG_INLINE void outer_cotangents(const Slice<T, C>& s, const Group& group, int64_t i, const T* grad, T* q) {
+MDPLUG_INLINE void uncouple(const Slice<T, C>& s, const Group& group, int64_t i, const T* grad, T* q) {
   using B = Block<T, C>;
   const Term *term = group.by_outer.data(), *end = term + group.by_outer.size();
   while (term != end) {
@@ -272,9 +299,10 @@ void group_backward(const Slice<T, C> s, const Group& group, int64_t from, int64
   constexpr int N = (M + 4) / 4 * 4;  // derivatives by Y, then by r
   std::memset(q, 0, sizeof(T) * group.n_outer * C);  // some (m1, m2) couple to nothing
   for (int64_t i = from; i < to; ++i) {
-    outer_cotangents<T, C>(s, group, i, grad, q);
+    uncouple<T, C>(s, group, i, grad, q);
     const int64_t last = s.first[i + 1];
     for (int64_t e = s.first[i]; e < last; ++e) {
+      if (s.values && e + kAhead < last) s.expect(paths, end, e + kAhead, nullptr, dr);
       const T *y = s.harmonics + e * n_y + from_y, *own = s.features(e);
       T* to_sender = dh + int64_t(s.sender[e]) * n_sent * C;
       V d[N];
@@ -302,10 +330,13 @@ void group_backward(const Slice<T, C> s, const Group& group, int64_t from, int64
           total.fma(r, t);
           total.store(to_sender + at);
         }
-        if (s.table)
+        if (s.table) {
           d[M] += slope.dot(into);
-        else
-          into.store(dr + ((e - s.e0) * s.n_paths + path.number) * s.k + s.channel, s.count);
+        } else {
+          T* row = dr + s.value(path.number, e);
+          into.add(B::load(row));
+          into.store(row);
+        }
       }
       T sums[N];
       lane_sums<T>(d, N, sums);
@@ -316,21 +347,51 @@ void group_backward(const Slice<T, C> s, const Group& group, int64_t from, int64
   }
 }
 
-// Receivers are split into a number of parts that does not depend on the threads; each part has its own sum over senders,
-// and the parts are added in order: the same result, bit for bit, on any number of threads.
+// dy and dr of all pairs of receivers from..to, dh (senders, components, C) of all senders: added to.
+template <class T, int C>
+void backward_part(const Paths& paths, const Slice<T, C>& slice, int64_t from, int64_t to, const T* grad, T* dh, T* dy,
+                   T* dr) {
+  const int64_t atoms = slice.table ? 16 : 1;  // values of a pair are used by this pair alone
+  for (int64_t i = from; i < to; i += atoms)
+    for (const Group& group : paths.groups) {
+      Scratch<T> q(group.n_outer * C);
+      with_width(group.l2, [&](auto m) {
+        group_backward<T, C, m()>(slice, group, i, std::min(to, i + atoms), grad, q.data(), dh, dy, dr);
+      });
+    }
+}
+
+// Features of a block of channels, (parts, senders, components, C) summed over the parts in order, back in their layout.
+template <class T, int C>
+void unpack(const T* packed, int64_t parts, int64_t n, int components, int64_t k, int64_t channel, int count, T* out,
+            MdplugParallel parallel) {
+  using B = Block<T, C>;
+  auto body = [&](int64_t chunk) {
+    const int64_t last = std::min(n, (chunk + 1) * 64);
+    for (int64_t j = chunk * 64; j < last; ++j)
+      for (int m = 0; m < components; ++m) {
+        B sum = B::zero();
+        for (int64_t part = 0; part < parts; ++part) sum.add(B::load(packed + ((part * n + j) * components + m) * C));
+        sum.store(out + (m * n + j) * k + channel, count);
+      }
+  };
+  run(parallel, (n + 63) / 64, body);
+}
+
+// With a table, receivers are split into a number of parts that does not depend on the threads; each part has its own
+// sum over senders, and the parts are added in order: the same result, bit for bit, on any number of threads.
 template <class T, int C>
 void convolution_backward(const MdplugConvolution& shape, int64_t n_senders, int64_t begin, int64_t end, const T* sent,
                           const T* harmonics, const MdplugRadial& radial, const int32_t* sender, const int32_t* first,
                           const T* grad, T* grad_sent, T* grad_harmonics, T* grad_radial, MdplugParallel parallel) {
-  using B = Block<T, C>;
   Paths paths(shape);
   const int64_t k = shape.k, n = end - begin, e0 = first[begin], e1 = first[end];
   paths.layout(n);
   const int n_sent = paths.n_sent, size = n_sent * C;
   const std::vector<Knot<T>> knots = all_knots<T>(radial, e0, e1, parallel);
-  if (radial.table) std::memset(grad_radial, 0, sizeof(T) * (e1 - e0));
+  std::memset(grad_radial, 0, sizeof(T) * (e1 - e0));
   std::memset(grad_harmonics, 0, sizeof(T) * (e1 - e0) * paths.n_harmonics);
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(8, n / 4)), atoms = 16;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(8, n / 4));
   Scratch<T> h(n_senders * size), dh(parts * n_senders * size);
   for (int64_t block = 0; block * C < k; ++block) {
     const Slice<T, C> slice = slice_of<T, C>(paths, radial, knots, h.data(), harmonics, sender, first, begin, block);
@@ -338,27 +399,11 @@ void convolution_backward(const MdplugConvolution& shape, int64_t n_senders, int
     auto body = [&](int64_t part) {
       T* sums = dh.data() + part * n_senders * size;
       std::memset(sums, 0, sizeof(T) * n_senders * size);
-      const int64_t last = begin + n * (part + 1) / parts;
-      for (int64_t from = begin + n * part / parts; from < last; from += atoms)
-        for (const Group& group : paths.groups) {
-          Scratch<T> q(group.n_outer * C);
-          with_width(group.l2, [&](auto m) {
-            group_backward<T, C, m()>(slice, group, from, std::min(last, from + atoms), grad, q.data(), sums,
-                                      grad_harmonics, grad_radial);
-          });
-        }
+      backward_part<T, C>(paths, slice, begin + n * part / parts, begin + n * (part + 1) / parts, grad, sums,
+                          grad_harmonics, grad_radial);
     };
     run(parallel, parts, body);
-    auto collect = [&](int64_t chunk) {
-      const int64_t last = std::min(n_senders, (chunk + 1) * 64);
-      for (int64_t j = chunk * 64; j < last; ++j)
-        for (int m = 0; m < n_sent; ++m) {
-          B sum = B::zero();
-          for (int64_t part = 0; part < parts; ++part) sum.add(B::load(dh.data() + (part * n_senders + j) * size + m * C));
-          sum.store(grad_sent + (m * n_senders + j) * k + slice.channel, slice.count);
-        }
-    };
-    run(parallel, (n_senders + 63) / 64, collect);
+    unpack<T, C>(dh.data(), parts, n_senders, n_sent, k, slice.channel, slice.count, grad_sent, parallel);
   }
 }
 

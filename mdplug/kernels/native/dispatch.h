@@ -36,15 +36,19 @@ struct Of;
   struct Of<T> {                                                                                            \
     static auto harmonics() { return kernels().harmonics_##S; }                                              \
     static auto harmonics_backward() { return kernels().harmonics_backward_##S; }                            \
+    static auto harmonics_tangent() { return kernels().harmonics_tangent_##S; }                              \
     static auto density() { return kernels().density_##S; }                                                  \
     static auto density_backward() { return kernels().density_backward_##S; }                                \
     static auto convolution() { return kernels().convolution_##S; }                                          \
     static auto convolution_backward() { return kernels().convolution_backward_##S; }                        \
+    static auto convolution_second() { return kernels().convolution_second_##S; }                            \
     static auto polynomial() { return kernels().polynomial_##S; }                                            \
     static auto polynomial_backward() { return kernels().polynomial_backward_##S; }                          \
     static auto product() { return kernels().product_##S; }                                                  \
     static auto product_backward() { return kernels().product_backward_##S; }                                \
     static auto linear() { return kernels().linear_##S; }                                                    \
+    static auto polynomial_coefficients() { return kernels().polynomial_coefficients_##S; }                  \
+    static auto polynomial_second() { return kernels().polynomial_second_##S; }                              \
   };
 MDPLUG_OF(float, f32)
 MDPLUG_OF(double, f64)

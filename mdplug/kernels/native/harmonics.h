@@ -114,4 +114,43 @@ void harmonics_backward(int64_t n, int l_max, int n_monomials, const int32_t* le
   run(parallel, (n + chunk * W - 1) / (chunk * W), body);
 }
 
+// The transpose of the adjoint: how harmonics (out) and |r| (out_r) change as the vectors move along `along` (n, 3).
+template <class T>
+void harmonics_tangent(int64_t n, int l_max, int n_monomials, const int32_t* left, const int32_t* right, const T* table,
+                       const T* vectors, const T* r, const T* along, T* out, T* out_r, MdplugParallel parallel) {
+  using H = Harmonics<T>;
+  using V = typename H::V;
+  constexpr int W = H::W, chunk = 64;
+  const H h(l_max, n_monomials, left, right, table);
+  auto body = [&](int64_t task) {
+    Scratch<T> memory((2 * (n_monomials + 4) + h.m) * W);
+    V *x = reinterpret_cast<V*>(memory.data()), *d = x + n_monomials + 4, *y = d + n_monomials + 4;
+    const int64_t last = std::min(n, (task + 1) * chunk * W);
+    for (int64_t e = task * chunk * W; e < last; e += W) {
+      const int count = int(std::min<int64_t>(W, last - e));
+      V u[3], inverse, v[3], du[3];
+      h.start(vectors, r, e, count, u, &inverse, x);
+      T buffer[3][W];
+      for (int w = 0; w < W; ++w)
+        for (int a = 0; a < 3; ++a) buffer[a][w] = along[3 * (e + std::min(w, count - 1)) + a];
+      std::memcpy(v, buffer, sizeof buffer);
+      const V radial = u[0] * v[0] + u[1] * v[1] + u[2] * v[2];
+      for (int a = 0; a < 3; ++a) du[a] = (u[a] * radial - v[a]) * inverse;
+      d[0] = V{};
+      if (l_max > 0)
+        for (int a = 0; a < 3; ++a) d[1 + a] = du[a];
+      for (int j = 4; j < n_monomials; ++j)
+        d[j] = d[left[j - 4]] * u[right[j - 4]] + x[left[j - 4]] * du[right[j - 4]];
+      for (int c = 0; c < h.m; ++c) y[c] = V{};
+      for (const auto& t : h.terms) y[t.component] += t.value * d[t.monomial];
+      const T* from = reinterpret_cast<const T*>(y);
+      for (int w = 0; w < count; ++w) {
+        for (int c = 0; c < h.m; ++c) out[(e + w) * h.m + c] = from[c * W + w];
+        out_r[e + w] = -radial[w];
+      }
+    }
+  };
+  run(parallel, (n + chunk * W - 1) / (chunk * W), body);
+}
+
 }  // namespace MDPLUG_ISA

@@ -1,7 +1,8 @@
 // All kernels for one instruction set: compiled once for each, with MDPLUG_ISA naming it.
-#include "convolution.h"
+#include "convolution_values.h"
 #include "density.h"
 #include "harmonics.h"
+#include "polynomial_second.h"
 #include "product.h"
 
 #define MDPLUG_STRING_(x) #x
@@ -26,8 +27,18 @@ struct Entry {
                             const int32_t* first, const T* grad, T* grad_sent, T* grad_harmonics, T* grad_radial,
                             MdplugParallel parallel) {
     auto f = shape->block == wide ? convolution_backward<T, wide> : convolution_backward<T, narrow>;
+    if (!radial->table)
+      f = shape->block == wide ? convolution_values_backward<T, wide> : convolution_values_backward<T, narrow>;
     f(*shape, n_senders, begin, end, sent, harmonics, *radial, sender, first, grad, grad_sent, grad_harmonics,
       grad_radial, parallel);
+  }
+  static void conv_second(const MdplugConvolution* shape, int64_t n_senders, int64_t begin, int64_t end, const T* sent,
+                          const T* harmonics, const MdplugRadial* radial, const int32_t* sender, const int32_t* first,
+                          const T* grad, const T* move_sent, const T* move_harmonics, const T* move_values,
+                          T* grad_grad, T* grad_sent, T* grad_values, MdplugParallel parallel) {
+    auto f = shape->block == wide ? convolution_second<T, wide> : convolution_second<T, narrow>;
+    f(*shape, n_senders, begin, end, sent, harmonics, *radial, sender, first, grad, move_sent, move_harmonics,
+      move_values, grad_grad, grad_sent, grad_values, parallel);
   }
   static void dens(int64_t begin, int64_t end, int64_t b, int64_t m, int64_t kinds, const T* harmonics,
                    const MdplugRadial* radial, const int32_t* species, const int32_t* first, T* out,
@@ -62,6 +73,16 @@ struct Entry {
                   MdplugParallel parallel) {
     irrep_linear<T>(*shape, features, weight, base, out, parallel);
   }
+  static void poly_coefficients(const MdplugPolynomial* shape, int64_t n, int64_t k, int64_t kinds, const T* inputs,
+                                const int32_t* kind, const T* grad, T* out, MdplugParallel parallel) {
+    polynomial_coefficients<T, narrow>(*shape, n, k, kinds, inputs, kind, grad, out, parallel);
+  }
+  static void poly_second(const MdplugPolynomial* shape, int64_t n, int64_t k, int64_t kinds, const T* inputs,
+                          const T* coefficients, const int32_t* kind, const T* grad, const T* along, T* grad_grad,
+                          T* grad_inputs, T* grad_coefficients, MdplugParallel parallel) {
+    polynomial_second<T, narrow>(*shape, n, k, kinds, inputs, coefficients, kind, grad, along, grad_grad, grad_inputs,
+                                 grad_coefficients, parallel);
+  }
 };
 
 }  // namespace MDPLUG_ISA
@@ -69,9 +90,10 @@ struct Entry {
 using namespace MDPLUG_ISA;
 
 #define MDPLUG_ENTRIES(T)                                                                                  \
-  harmonics<T>, harmonics_backward<T>, Entry<T>::dens, Entry<T>::dens_backward, Entry<T>::conv,            \
-      Entry<T>::conv_backward, Entry<T>::poly, Entry<T>::poly_backward, Entry<T>::prod, Entry<T>::prod_backward,       \
-      Entry<T>::lin
+  harmonics<T>, harmonics_backward<T>, harmonics_tangent<T>, Entry<T>::dens, Entry<T>::dens_backward,      \
+      Entry<T>::conv, Entry<T>::conv_backward, Entry<T>::conv_second, Entry<T>::poly,                      \
+      Entry<T>::poly_backward, Entry<T>::prod, Entry<T>::prod_backward, Entry<T>::lin,                     \
+      Entry<T>::poly_coefficients, Entry<T>::poly_second
 
 extern "C" const MdplugKernels* MDPLUG_JOIN(mdplug_kernels_, MDPLUG_ISA)() {
   static const MdplugKernels table = {MDPLUG_STRING(MDPLUG_ISA), MDPLUG_ENTRIES(float), MDPLUG_ENTRIES(double)};

@@ -125,7 +125,7 @@ void op_density_backward(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 template <class T>
-void convolution(StableIValue* stack, Arguments& a, const Tensor& sent, bool backward) {
+void convolution(StableIValue* stack, Arguments& a, const Tensor& sent, int order) {
   Tensor &harmonics = a.tensor(), &table = a.tensor(), &values = a.tensor(), &r = a.tensor(), &kind = a.tensor(),
          &sender = a.tensor();
   Tensor &first = a.tensor(), &paths = a.tensor(), &coupling = a.tensor(), &coefficient = a.tensor();
@@ -143,19 +143,18 @@ void convolution(StableIValue* stack, Arguments& a, const Tensor& sent, bool bac
   shape.paths = paths.data<int32_t>("paths");
   shape.coupling = coupling.data<int32_t>("coupling");
   shape.coefficient = coefficient.data<double>("coefficient");
-  shape.block = 64 / int64_t(sizeof(T));
-  if (radial.radial.table) {
-    shape.block = table.size(-1);
-    radial.radial.rows = table.size(1);
-    if (shape.block != 64 / int64_t(sizeof(T)) && shape.block != 128 / int64_t(sizeof(T)))
-      throw std::runtime_error("mdplug kernels: the radial table has another width than the kernels");
-  }
+  const Tensor& functions = radial.radial.table ? table : values;
+  shape.block = functions.size(-1);
+  radial.radial.rows = functions.size(radial.radial.table ? 1 : 0);
+  if (shape.block != 64 / int64_t(sizeof(T)) && shape.block != 128 / int64_t(sizeof(T)))
+    throw std::runtime_error("mdplug kernels: the radial functions come in another width than the kernels");
   const int32_t* starts = first.data<int32_t>("first");
   const T *h = sent.data<T>("sent"), *y = harmonics.data<T>("harmonics");
   const int64_t n = end - begin, pairs = starts[end] - starts[begin];
-  if (!backward) {
-    int64_t rows = 0;
-    for (int64_t p = 0; p < shape.n_paths; ++p) rows += 2 * shape.paths[3 * p + 2] + 1;
+  int64_t rows = 0;
+  for (int64_t p = 0; p < shape.n_paths; ++p) rows += 2 * shape.paths[3 * p + 2] + 1;
+  const int64_t blocks = (shape.k + shape.block - 1) / shape.block;
+  if (order == 0) {
     Tensor out = Tensor::empty<T>({rows * n * shape.k});
     Of<T>::convolution()(&shape, sent.size(1), begin, end, h, y, &radial.radial, sender.data<int32_t>("sender"), starts,
                          out.data<T>("out"), parallel);
@@ -164,7 +163,21 @@ void convolution(StableIValue* stack, Arguments& a, const Tensor& sent, bool bac
   }
   Tensor& grad = a.tensor();
   Tensor dh = Tensor::empty<T>({sent.size(0), sent.size(1), shape.k}), dy = Tensor::empty<T>({pairs, harmonics.size(1)});
-  Tensor dr = radial.radial.table ? Tensor::empty<T>({pairs}) : Tensor::empty<T>({pairs, shape.n_paths, shape.k});
+  Tensor dr = radial.radial.table
+                  ? Tensor::empty<T>({pairs})
+                  : Tensor::empty<T>({radial.radial.rows, blocks, shape.n_paths, shape.block});
+  if (order == 2) {
+    Tensor &move_sent = a.tensor(), &move_harmonics = a.tensor(), &move_values = a.tensor();
+    Tensor out = Tensor::empty<T>({rows * n * shape.k});
+    Of<T>::convolution_second()(&shape, sent.size(1), begin, end, h, y, &radial.radial, sender.data<int32_t>("sender"),
+                                starts, grad.data<T>("grad"), move_sent.data<T>("move_sent"),
+                                move_harmonics.data<T>("move_harmonics"), move_values.data<T>("move_values"),
+                                out.data<T>("out"), dh.data<T>("dh"), dr.data<T>("dr"), parallel);
+    stack[0] = out.release();
+    stack[1] = dh.release();
+    stack[2] = dr.release();
+    return;
+  }
   Of<T>::convolution_backward()(&shape, sent.size(1), begin, end, h, y, &radial.radial, sender.data<int32_t>("sender"),
                                 starts, grad.data<T>("grad"), dh.data<T>("dh"), dy.data<T>("dy"), dr.data<T>("dr"),
                                 parallel);
@@ -176,16 +189,25 @@ void convolution(StableIValue* stack, Arguments& a, const Tensor& sent, bool bac
 void op_convolution(StableIValue* stack, uint64_t, uint64_t) {
   Arguments a(stack);
   Tensor& sent = a.tensor();
-  sent.is_float32() ? convolution<float>(stack, a, sent, false) : convolution<double>(stack, a, sent, false);
+  sent.is_float32() ? convolution<float>(stack, a, sent, 0) : convolution<double>(stack, a, sent, 0);
 }
 
 void op_convolution_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments a(stack);
   Tensor& sent = a.tensor();
-  sent.is_float32() ? convolution<float>(stack, a, sent, true) : convolution<double>(stack, a, sent, true);
+  sent.is_float32() ? convolution<float>(stack, a, sent, 1) : convolution<double>(stack, a, sent, 1);
+}
+
+void op_convolution_second(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments a(stack);
+  Tensor& sent = a.tensor();
+  sent.is_float32() ? convolution<float>(stack, a, sent, 2) : convolution<double>(stack, a, sent, 2);
 }
 
 #define MDPLUG_RADIAL "Tensor table, Tensor values, Tensor r, Tensor kind, "
+#define MDPLUG_CONVOLUTION                          \
+  "Tensor sent, Tensor harmonics, " MDPLUG_RADIAL \
+  "Tensor sender, Tensor first, Tensor paths, Tensor coupling, Tensor coefficient, " MDPLUG_KNOTS
 #define MDPLUG_KNOTS "int begin, int end, float first_knot, float step, int per_kind"
 
 struct Registration {
@@ -203,14 +225,12 @@ struct Registration {
         {"density_backward",
          "Tensor harmonics, " MDPLUG_RADIAL "Tensor species, Tensor first, int kinds, " MDPLUG_KNOTS ", Tensor grad",
          "(Tensor, Tensor)", op_density_backward},
-        {"convolution",
-         "Tensor sent, Tensor harmonics, " MDPLUG_RADIAL
-         "Tensor sender, Tensor first, Tensor paths, Tensor coupling, Tensor coefficient, " MDPLUG_KNOTS,
-         "Tensor", op_convolution},
-        {"convolution_backward",
-         "Tensor sent, Tensor harmonics, " MDPLUG_RADIAL
-         "Tensor sender, Tensor first, Tensor paths, Tensor coupling, Tensor coefficient, " MDPLUG_KNOTS ", Tensor grad",
-         "(Tensor, Tensor, Tensor)", op_convolution_backward},
+        {"convolution", MDPLUG_CONVOLUTION, "Tensor", op_convolution},
+        {"convolution_backward", MDPLUG_CONVOLUTION ", Tensor grad", "(Tensor, Tensor, Tensor)",
+         op_convolution_backward},
+        {"convolution_second",
+         MDPLUG_CONVOLUTION ", Tensor grad, Tensor move_sent, Tensor move_harmonics, Tensor move_values",
+         "(Tensor, Tensor, Tensor)", op_convolution_second},
     };
     register_operators(operators);
   }

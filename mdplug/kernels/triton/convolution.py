@@ -72,12 +72,24 @@ def _check(sent: Tensor, harmonics: Tensor, table: Tensor, values: Tensor, r: Te
         contiguous(torch.int32, **{name: tensor})
 
 
+def _by_pair(
+    table: Tensor, values: Tensor, kind: Tensor, first: Tensor, begin: int, end: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values (rows, blocks, P, C), whose rows pairs may share, as (pairs, P, k); no kinds; the row of each pair."""
+    if table.numel():
+        return values, kind, kind
+    from_pair, to_pair = int(first[begin]), int(first[end])
+    row = kind[from_pair:to_pair].long() if kind.numel() else torch.arange(to_pair - from_pair, device=values.device)
+    return values.transpose(1, 2).flatten(2)[row, :, :k].contiguous(), kind[:0], row
+
+
 def convolution(
     sent: Tensor, harmonics: Tensor, table: Tensor, values: Tensor, r: Tensor, kind: Tensor, sender: Tensor,
     first: Tensor, paths: Tensor, coupling: Tensor, coefficient: Tensor, begin: int, end: int, first_knot: float,
     step: float, per_kind: int,
 ) -> Tensor:  # fmt: skip
     """See reference.convolution."""
+    values, kind, _ = _by_pair(table, values, kind, first, begin, end, sent.shape[2])
     _check(sent, harmonics, table, values, r, kind, sender, first)
     kernels, blocks = _kernels(
         _forward_kernels, CHANNELS[sent.dtype], sent, harmonics, table, kind, paths, coupling, coefficient,
@@ -98,7 +110,9 @@ def convolution_backward(
     first: Tensor, paths: Tensor, coupling: Tensor, coefficient: Tensor, begin: int, end: int, first_knot: float,
     step: float, per_kind: int, grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Cotangents of `sent`, of the harmonics (pairs, M), and of r (pairs,) or of the values (pairs, P, k)."""
+    """Cotangents of `sent`, of the harmonics (pairs, M), and of r (pairs,) or of the values, in their layout."""
+    shape = values.shape
+    values, kind, row = _by_pair(table, values, kind, first, begin, end, sent.shape[2])
     _check(sent, harmonics, table, values, r, kind, sender, first)
     contiguous(sent.dtype, grad=grad)
     (kernel,), blocks = _kernels(
@@ -113,6 +127,9 @@ def convolution_backward(
     rows = table.shape[1] if table.numel() else 0
     arguments = (sent, harmonics, table, values, r, kind, first, *of, grad, dh, dy, dr)
     launch(kernel, (n_senders, blocks), (*arguments, begin, end - begin, n_senders, rows, pairs), {})
-    if blocks == 1:
-        return dh, dy[0], dr[0] if table.numel() else dr
-    return dh, dy.sum(dim=0), dr.sum(dim=0) if table.numel() else dr
+    d_harmonics = dy[0] if blocks == 1 else dy.sum(dim=0)
+    if table.numel():
+        return dh, d_harmonics, dr[0] if blocks == 1 else dr.sum(dim=0)
+    n_blocks, n_paths, width = shape[1:]
+    dr = torch.nn.functional.pad(dr, (0, n_blocks * width - k)).view(pairs, n_paths, n_blocks, width).transpose(1, 2)
+    return dh, d_harmonics, values.new_zeros(shape).index_add(0, row, dr)
