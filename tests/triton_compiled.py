@@ -76,7 +76,7 @@ def test_convolution(dtype, l_in, k, used):
     sent = torch.zeros((l_in + 1) ** 2, 5, k, dtype=dtype)
     table = torch.zeros(k // block, 34, len(of), 3, block, dtype=dtype)
     kind = torch.zeros(len(r), dtype=torch.int32)
-    for radial in ((table, r[:0]), (r[:0], torch.zeros(len(r), len(of), k, dtype=dtype))):
+    for radial in ((table, r[:0]), (r[:0], torch.zeros(len(r), k // block, len(of), block, dtype=dtype))):
         arguments = (sent, y, *radial, r, kind, sender, first, *structure, 0, 3, 0.1, 0.2, 17)
         OPS.convolution_backward(*arguments, OPS.convolution(*arguments))
     assert not [one for one in used if one[2]]
@@ -88,8 +88,8 @@ def test_polynomial(dtype, l_out, used):
     module = SymmetricContraction(3, l_out, 3, 2, 128, torch.float64)
     nodes, term, starts, coefficients = sparse_polynomial(module)
     arguments = (
-        torch.zeros(16, 4, 128, dtype=dtype), in_blocks(coefficients.to(dtype), LANES[dtype]),
-        torch.zeros(4, dtype=torch.int32), *(torch.from_numpy(array) for array in (nodes, term, starts)),
+        torch.zeros(16, 4, 128, dtype=dtype), in_blocks(coefficients.detach().to(dtype), LANES[dtype]),
+        torch.zeros(4, dtype=torch.int32), nodes, term, starts,
     )  # fmt: skip
     OPS.polynomial_backward(*arguments, OPS.polynomial(*arguments))
     assert not [one for one in used if one[2]]

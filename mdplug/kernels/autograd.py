@@ -285,6 +285,38 @@ def _polynomial_coefficients(
     return inputs.new_empty(kinds, -(-inputs.shape[2] // block), term.shape[0], block)
 
 
+def _product(messages: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    n, k, k_out = arguments[-3:]
+    outputs, inputs = arguments[8].shape[0] - 1, arguments[1].shape[0] ** 2
+    return messages.new_empty(outputs, n, k_out), messages.new_empty(inputs, n, k)
+
+
+def _product_backward(grad: Tensor, mixed: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()  # the heights of the matrices say how many
+    return grad.new_empty(size), torch.empty_like(arguments[3])
+
+
+def _linear(features: Tensor, weight: Tensor, group: Tensor, base: Tensor, components: int, k_out: int) -> Tensor:
+    return features.new_empty(components, features.shape[1], k_out)
+
+
+def _cell_list(positions: Tensor, cell: Tensor, inverse: Tensor, periodic: int, cutoff: float) -> tuple[Tensor, Tensor]:
+    n = torch.library.get_ctx().new_dynamic_size()
+    return positions.new_empty(2, n, dtype=torch.int64), positions.new_empty(n, 3, dtype=torch.int64)
+
+
+def _sum_atoms(atom_energy: Tensor, system_index: Tensor, systems: int) -> Tensor:
+    return atom_energy.new_empty(systems, dtype=torch.float64)
+
+
+def _sum_pairs(
+    vectors: Tensor, gradient: Tensor, pairs: Tensor, atom_energy: Tensor, system_index: Tensor, systems: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = system_index.shape[0]
+    return vectors.new_empty(systems), vectors.new_empty(n, 3), vectors.new_empty(systems, 3, 3)
+
+
+# Not among them: pair_list, whose plain numbers no shape without data can tell.
 OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Grads] | None]] = {
     "graph": (_graph, None),
     "harmonics": (_harmonics, _harmonics_backward),
@@ -295,6 +327,12 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Grads] | None]] = {
     "convolution": (_convolution, _linear_backward("convolution", CONVOLUTION_VALUES, (0, 1, CONVOLUTION_VALUES))),
     "convolution_backward": (_convolution_backward, _convolution_second),
     "convolution_second": (_convolution_second_shape, _no_third),
+    "product": (_product, None),
+    "product_backward": (_product_backward, None),
+    "linear": (_linear, None),
+    "cell_list": (_cell_list, None),
+    "sum_atoms": (_sum_atoms, None),
+    "sum_pairs": (_sum_pairs, None),
     "polynomial": (_polynomial, _polynomial_backward),
     "polynomial_backward": (lambda *a: torch.empty_like(a[0]), _polynomial_second),
     "polynomial_coefficients": (_polynomial_coefficients, _polynomial_coefficients_backward),

@@ -16,6 +16,7 @@ from mdplug.potentials.blocks import kernel_training
 from mdplug.potentials.blocks.contraction import SymmetricContraction, sparse_polynomial
 from mdplug.potentials.blocks.convolution import paths
 from mdplug.potentials.blocks.kernel_graph import coupling
+from mdplug.potentials.blocks.kernel_layer import packed
 from mdplug.potentials.blocks.knots import LANES, in_blocks
 from mdplug.system import AtomicSystem
 
@@ -163,6 +164,23 @@ def test_operators_keep_torchs_rules(tabulated):
         "polynomial_backward": (*polynomial, of_polynomial),
         "polynomial_coefficients": (x, *structure, of_polynomial, len(c)),
         "polynomial_second": (*polynomial, of_polynomial, like(x, g)),
+    }
+    none, x64 = torch.zeros(0, dtype=torch.int32), torch.randn(3, 3, dtype=torch.float64, generator=g)
+    cell = 9.0 * torch.eye(3, dtype=torch.float64)
+    n, k = x.shape[1:]
+    square = packed(torch.randn(2, k, k, dtype=torch.float64, generator=g))
+    product = (
+        square.flatten(), torch.full((2,), k, dtype=torch.int32), none,
+        torch.rand(n, dtype=torch.float64, generator=g), c, polynomial[2], *structure[1:], square, n, k, k,
+    )  # fmt: skip
+    energies, zero = torch.randn(3, dtype=torch.float64, generator=g), torch.zeros(3, dtype=torch.int64)
+    calls |= {
+        "product": (torch.randn(4 * n * k, dtype=torch.float64, generator=g), *product),
+        "product_backward": (like(ops.polynomial(*polynomial), g), x, *product),
+        "linear": (x, square, none, x[:0], 4, k),
+        "cell_list": (x64, cell, torch.linalg.inv(cell).contiguous(), 7, 3.0),
+        "sum_atoms": (energies, zero, 1),
+        "sum_pairs": (torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3).double(), pairs, energies, zero, 1),
     }
     if not tabulated:
         sent, y, _, values = convolution[:4]

@@ -86,6 +86,7 @@ void product(StableIValue* stack, Arguments& a, Tensor& first, bool backward) {
     return;
   }
   expect(first.numel() == polynomial.n_outputs * shape.n * shape.k_out, "grad");
+  expect(mixed_in->numel() == n_inputs * shape.n * shape.k, "mixed");
   Tensor messages = Tensor::empty<T>({size}), density = Tensor::empty<T>({norm.numel()});
   Of<T>::product_backward()(&shape, first.data<T>("grad"), mixed_in->data<T>("mixed"), w, d, c, m,
                             messages.data<T>("messages"), density.data<T>("density"), parallel);
