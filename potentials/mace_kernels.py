@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdplug.errors import InputError
 from mdplug.potential import Potential
-from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial, sort_atoms
+from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial, Levels, sort_atoms
 from mdplug.potentials.blocks.kernel_layer import KernelLayer
 from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
 from mdplug.potentials.blocks.pull_back import pull_back
@@ -63,6 +63,7 @@ class KernelMACE(Potential):
         self.table_report: Dict[str, Any] = {}
         self._tables: Dict[Tuple[int, ...], Tables] = {}
         self._known: Optional[Tuple[Tensor, Atoms]] = None  # one attribute: threads share this module
+        self._known_levels: Optional[Tuple[Atoms, Levels]] = None
         if self.tabulated:
             # Where elements matter, tables are made for those at hand; these two stand for the error.
             self._tables_for((0,) if not self._species_matter else (0, mace.embedding.shape[0] - 1))
@@ -163,9 +164,8 @@ class KernelMACE(Potential):
         scalars = self._pair_scalars(tables, graph, receiving, sending, atoms.n, gradient)
         radial = [self._layer_radial(t, tables, scalars) for t in range(len(self.layers))]
 
-        atom_head = head[system_index[atoms.order]]
-        scale = mace.scale[atom_head]
-        start = mace.embedding[atoms.species]
+        levels = self._levels(atoms, system_index, head)
+        atom_head, scale, start = levels.atom_head, levels.scale, levels.embedding
         outside = torch.zeros_like(scale)
         if mace.has_state:
             sorted_index = system_index.clone()
@@ -189,7 +189,7 @@ class KernelMACE(Potential):
             read, slope = mace.readouts[t].with_slope(new[0], atom_head, scale)
             energy = energy + read
             slopes.append(slope)
-        energy = scale * energy + mace.shift[atom_head] + outside
+        energy = torch.addcmul(levels.shift, scale, energy) + outside
         place = atoms.place[: atoms.n].long()
         result = {
             "atom_energy": energy[place],
@@ -291,6 +291,22 @@ class KernelMACE(Potential):
         atoms = sort_atoms(species, n_owned)
         self._known = (numbers.clone(), atoms)
         return atoms
+
+    def _levels(self, atoms: Atoms, system_index: Tensor, head: Tensor) -> Levels:
+        """Kept while atoms, structures and levels of theory do not change."""
+        known = self._known_levels
+        if known is not None and known[0] is atoms:
+            levels = known[1]
+            if torch.equal(levels.system_index, system_index) and torch.equal(levels.head, head):
+                return levels
+        mace = self.definition
+        atom_head = head[system_index[atoms.order]]
+        levels = Levels(
+            system_index.clone(), head.clone(), atom_head, mace.scale[atom_head], mace.shift[atom_head],
+            mace.embedding[atoms.species],
+        )  # fmt: skip
+        self._known_levels = (atoms, levels)
+        return levels
 
     def _tables_for(self, present: Tuple[int, ...]) -> Tables:
         key = present if self._species_matter else ()

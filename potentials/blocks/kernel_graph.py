@@ -28,6 +28,22 @@ class Atoms(NamedTuple):
     groups: Tuple[Tuple[int, int, int], ...]
 
 
+class Levels(NamedTuple):
+    """What atoms have of their structure's level of theory; does not change while nothing but positions does.
+
+    Attributes:
+        system_index, head: as they were given. atom_head: (n,) int64, sorted. scale, shift: (n,) of the energies, eV.
+        embedding: (N, K) of the elements, sorted.
+    """
+
+    system_index: Tensor
+    head: Tensor
+    atom_head: Tensor
+    scale: Tensor
+    shift: Tensor
+    embedding: Tensor
+
+
 class Graph(NamedTuple):
     """Pairs inside the cutoff, sorted by receiver; what the operator `graph` returns, and harmonics.
 
@@ -84,7 +100,7 @@ def _added(total: Optional[Tensor], like: Tensor, first: int, part: Tensor) -> T
         if len(part) == len(like):
             return part
         total = torch.zeros_like(like)
-    total[first : first + len(part)] += part
+    total.narrow(0, first, len(part)).add_(part)
     return total
 
 

@@ -20,10 +20,12 @@ class Weights(NamedTuple):
     """Matrices of a layer as the kernels want them (see `packed`); `back`: transposed, for the adjoint.
 
     Attributes:
+        polynomial: coefficients, nodes, term, starts.
         linear: what follows the messages, for each group of receivers and irrep, flat. rows: (l_max+1,) its heights.
         mix: after the product. skip: (groups, irreps, ...) of the old features. up: what neighbours are sent.
     """
 
+    polynomial: Tuple[Tensor, Tensor, Tensor, Tensor]
     linear: Tensor
     linear_back: Tensor
     rows: Tensor
@@ -49,6 +51,7 @@ class KernelLayer(nn.Module):
         self.t, self.source = t, layer
         self.gated = isinstance(messenger, GatedMessenger)
         self.by_species, self.has_density = messenger.by_species, messenger.has_density
+        self.by_receiver = not self.gated and messenger.has_skip
         self.l_max, self.channels = messenger.l_max, model.embedding.shape[1]
         self.edge_channels = layer.up.shape[2]
         self.table = layer.send(model.embedding.unsqueeze(0)).squeeze(0) if t == 0 else None
@@ -84,19 +87,18 @@ class KernelLayer(nn.Module):
         none = self.coefficients.new_zeros(0)
         linear = linear_back = rows = none
         if not self.gated:
-            by_receiver = source.messenger.has_skip
-            groups = [self._linear(radial, present, z) for z in (present if by_receiver else (0,))]
+            groups = [self._linear(radial, present, z) for z in (present if self.by_receiver else (0,))]
             linear = torch.cat([packed(m).flatten() for group in groups for m in group])
             linear_back = torch.cat([packed(m.t()).flatten() for group in groups for m in group])
             rows = torch.tensor([m.shape[0] for m in groups[0]], dtype=torch.int32)
         skip = none
         if source.has_skip:  # (groups, irreps, K, K)
             skip = source.skip.transpose(0, 1)[list(present)] if source.skip_by_species else source.skip.unsqueeze(0)
-        return Weights(
-            linear, linear_back, rows, packed(source.mix), packed(source.mix.transpose(1, 2)), packed(skip),
-            packed(skip.transpose(-1, -2)) if skip.numel() else none, packed(source.up),
-            packed(source.up.transpose(1, 2)),
-        )  # fmt: skip
+        polynomial = (self.coefficients, self.nodes, self.term, self.starts)
+        mix, mix_back = packed(source.mix), packed(source.mix.transpose(1, 2))
+        skip_back = packed(skip.transpose(-1, -2)) if skip.numel() else none
+        up, up_back = packed(source.up), packed(source.up.transpose(1, 2))
+        return Weights(polynomial, linear, linear_back, rows, mix, mix_back, packed(skip), skip_back, up, up_back)
 
     def _linear(self, radial: LayerRadial, present: Tuple[int, ...], receiver: int) -> List[Tensor]:
         """For each l, the matrix (rows, K) that follows the messages of receivers of one element."""
@@ -118,13 +120,12 @@ class KernelLayer(nn.Module):
     def _product(self, weights: "Weights", atoms: Atoms, norm: Tensor, back: bool) -> Tuple[Any, ...]:
         """Arguments of the operators `product` after the first."""
         none = atoms.kind[:0]
-        group = atoms.kind[: atoms.n] if self.source.messenger.has_skip else none
+        group = atoms.kind[: atoms.n] if self.by_receiver else none
         kinds = none if self.agnostic else atoms.species32[: atoms.n]
-        return (
-            weights.linear_back if back else weights.linear, weights.rows, group, norm, self.coefficients, kinds,
-            self.nodes, self.term, self.starts, weights.mix_back if back else weights.mix, atoms.n, self.channels,
-            self.channels,
-        )  # fmt: skip
+        linear, mix = (weights.linear_back, weights.mix_back) if back else (weights.linear, weights.mix)
+        coefficients, *lists = weights.polynomial
+        sizes = (atoms.n, self.channels, self.channels)
+        return (linear, weights.rows, group, norm, coefficients, kinds, *lists, mix, *sizes)
 
     def _skip_group(self, atoms: Atoms) -> Tensor:
         return atoms.kind[: atoms.n] if self.source.skip_by_species else atoms.kind[:0]
