@@ -65,19 +65,33 @@ class _Composed(Potential):
     def __init__(self, spec: Spec, parts: List[Potential]):
         super().__init__(spec)
         self.parts: Any = nn.ModuleList(parts)
+        self.has_written_adjoint = any(part.has_written_adjoint for part in parts)
 
     @classmethod
     def from_spec(cls, spec: Spec) -> "_Composed":
         """See `Potential.from_spec`."""
         return cls(spec, _rebuild(spec))
 
+    def _of(self, parts: List[Potential]) -> "_Composed":
+        made = type(self)(self.spec, parts)
+        made.head, made.origin = self.head, self.origin
+        return made
+
     def with_tables(self) -> "_Composed":
         """See `Potential.with_tables`."""
-        return type(self)(self.spec, [p.with_tables() for p in self.parts])
+        return self._of([p.with_tables() for p in self.parts])
+
+    def with_kernels(self, tables: bool) -> "_Composed":
+        """See `Potential.with_kernels`."""
+        return self._of([p.with_kernels(tables) for p in self.parts])
+
+    def without_kernels(self) -> "_Composed":
+        """See `Potential.without_kernels`."""
+        return self._of([p.without_kernels() for p in self.parts])
 
     def with_exact_radial(self) -> "_Composed":
         """See `Potential.with_exact_radial`."""
-        return type(self)(self.spec, [p.with_exact_radial() for p in self.parts])
+        return self._of([p.with_exact_radial() for p in self.parts])
 
     def part_energies(
         self,
@@ -97,6 +111,26 @@ class _Composed(Potential):
             out = part.local(numbers, p, v, n_owned, system_index, total_charge, total_spin, head)
             energies.append(out["atom_energy"])
         return torch.stack(energies)
+
+    @torch.jit.unused
+    def part_gradients(self, numbers: Tensor, pairs: Tensor, vectors: Tensor, *rest: Any) -> Tuple[Tensor, Tensor]:
+        """`part_energies`, and (E, 3) eV/A the gradient of their sum; arguments as there."""
+        energies: List[Tensor] = []
+        total = torch.zeros_like(vectors)
+        for part in self.parts:
+            keep = (vectors.square().sum(dim=1) < part.cutoff * part.cutoff).nonzero().squeeze(1)
+            p, v = pairs[:, keep], vectors[keep]
+            if part.has_written_adjoint:
+                out = part.local_with_gradient(numbers, p, v, *rest)
+                gradient = out["pair_gradient"]
+            else:
+                with torch.enable_grad():
+                    out = part.local(numbers, p, v.requires_grad_(True), *rest)
+                    (gradient,) = torch.autograd.grad(out["atom_energy"].sum(), v, allow_unused=True)
+            energies.append(out["atom_energy"].detach())
+            if gradient is not None:
+                total.index_add_(0, keep, gradient)
+        return torch.stack(energies), total
 
 
 class Sum(_Composed):
@@ -127,6 +161,12 @@ class Sum(_Composed):
         energies = self.part_energies(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
         return {"atom_energy": energies.sum(dim=0)}
 
+    @torch.jit.unused
+    def local_with_gradient(self, *arguments: Any) -> Dict[str, Tensor]:
+        """See `Potential.local_with_gradient`."""
+        energies, gradient = self.part_gradients(*arguments)
+        return {"atom_energy": energies.sum(dim=0), "pair_gradient": gradient}
+
 
 class Ensemble(_Composed):
     """Mean of its members, whose energies are handed on as "member_atom_energy" (M, n_owned)."""
@@ -151,3 +191,10 @@ class Ensemble(_Composed):
         """See `Potential.local`."""
         energies = self.part_energies(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
         return {"atom_energy": energies.mean(dim=0), "member_atom_energy": energies}
+
+    @torch.jit.unused
+    def local_with_gradient(self, *arguments: Any) -> Dict[str, Tensor]:
+        """See `Potential.local_with_gradient`."""
+        energies, gradient = self.part_gradients(*arguments)
+        mean = {"atom_energy": energies.mean(dim=0), "pair_gradient": gradient / len(energies)}
+        return {**mean, "member_atom_energy": energies}

@@ -82,6 +82,12 @@ class KernelMACE(Potential):
             self._build()
         return self
 
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As torch's; what was derived from the old weights is made anew."""
+        found = super().load_state_dict(*arguments, **options)
+        self._build()
+        return found
+
     # --- forms -------------------------------------------------------------------------------------------------------
 
     def with_tables(self) -> Potential:

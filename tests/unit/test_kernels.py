@@ -26,9 +26,11 @@ from mace_models import CONTRACT, FURTHER, box, build
 
 import mdplug
 from mdplug import kernels
+from mdplug.compose import Ensemble, Sum
 from mdplug.deployed import Deployed, evaluate
 from mdplug.pairs import pairs
 from mdplug.potentials.mace_kernels import KernelMACE
+from mdplug.potentials.pair import ZBL
 from mdplug.system import AtomicSystem
 
 native = pytest.mark.skipif(not kernels.available(), reason="the native library is not there")
@@ -145,6 +147,36 @@ def test_load_takes_the_kernels(tmp_path):
     again = mdplug.load(mdplug.save(loaded, tmp_path / "again.safetensors"), dtype="float64")
     system = box()
     assert torch.equal(evaluate(again, system).forces, evaluate(loaded, system).forces)
+
+
+@native
+@pytest.mark.parametrize("kind", [Sum, Ensemble])
+def test_compositions_run_on_the_kernels(kind, tmp_path):
+    """With a part that has no written adjoint, and one of another cutoff."""
+    parts = [build({"l_hidden": 1}), build({}, cutoff=3.1), ZBL.new(2.0, 1.0)]
+    plain = kind.of(parts)
+    fast = plain.with_kernels(False)
+    assert fast.has_written_adjoint
+    assert not plain.has_written_adjoint
+    wanted, got = evaluate(plain, box()), evaluate(fast, box())
+    for what in ("energy", "forces", "virial"):
+        torch.testing.assert_close(getattr(got, what), getattr(wanted, what), atol=1e-10, rtol=1e-11)
+    assert got.extras.keys() == wanted.extras.keys()
+    assert type(fast.without_kernels().parts[0]) is type(parts[0])
+    loaded = mdplug.load(mdplug.save(plain, tmp_path / "m.safetensors"), dtype="float64")
+    assert loaded.has_written_adjoint
+    torch.testing.assert_close(evaluate(loaded, box()).forces, wanted.forces, atol=1e-10, rtol=0)
+
+
+@native
+def test_new_weights_take_effect():
+    model, other = build({"l_hidden": 1}), build({"l_hidden": 1})
+    for parameter in other.parameters():
+        parameter.data.mul_(1.1)
+    fast, system = KernelMACE(model, False), box()
+    evaluate(fast, system)
+    fast.load_state_dict(KernelMACE(other, False).state_dict())
+    assert torch.allclose(evaluate(fast, system).forces, evaluate(other, system).forces, atol=1e-11, rtol=0)
 
 
 @native
