@@ -192,7 +192,8 @@ class KernelMACE(Potential):
             new, kept = layer(features[t], out, radial[t], graph, atoms, scalars.densities.get(t))
             features.append(new)
             saved.append(kept if gradient else None)
-            read, slope = mace.readouts[t].with_slope(new[0], atom_head, scale)
+            readout: Any = mace.readouts[t]
+            read, slope = readout.with_slope(new[0], atom_head, scale)
             energy = energy + read
             slopes.append(slope)
         energy = torch.addcmul(levels.shift, scale, energy) + outside

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mdplug.potentials.blocks.activations import ACTIVATION_NORM
 from mdplug.potentials.blocks.contraction import SymmetricContraction
 from mdplug.potentials.blocks.convolution import (
     Graph,
@@ -23,7 +24,6 @@ from mdplug.potentials.blocks.convolution import (
     per_species,
     split_irreps,
 )
-from mdplug.potentials.blocks.radial import ACTIVATION_NORM
 
 KINDS = ("A", "R", "D", "DR", "NL")
 

@@ -44,6 +44,12 @@ class KernelLayer(nn.Module):
         model: the MACE; its weights are copied.
     """
 
+    source: Any
+    nodes: Tensor
+    term: Tensor
+    starts: Tensor
+    coefficients: Tensor
+
     def __init__(self, model: Any, t: int):
         super().__init__()
         layer = model.layers[t]

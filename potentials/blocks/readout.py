@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mdplug.errors import InputError
-from mdplug.potentials.blocks.radial import ACTIVATION_NORM, activate, activate_slope
+from mdplug.potentials.blocks.activations import ACTIVATION_NORM, activate, activate_slope
 
 
 class NoReadout(nn.Module):

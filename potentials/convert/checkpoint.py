@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from mdplug.errors import ModelFileError
+from mdplug.potentials.blocks.activations import ACTIVATION_NORM
 from mdplug.potentials.blocks.contraction import symmetric_basis
 from mdplug.potentials.blocks.convolution import paths
-from mdplug.potentials.blocks.radial import ACTIVATION_NORM
 from mdplug.potentials.convert.irreps import irreps
 from mdplug.potentials.convert.pickle_machine import Inert, Named
 from mdplug.potentials.convert.pickle_reader import tensors

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mdplug.errors import InputError, MdplugError, ModelFileError
+from mdplug.potentials.blocks.activations import ACTIVATION_NORM
 from mdplug.potentials.blocks.contraction import symmetric_basis
 from mdplug.potentials.blocks.convolution import paths
-from mdplug.potentials.blocks.radial import ACTIVATION_NORM
 from mdplug.potentials.convert.checkpoint import Checkpoint
 from mdplug.potentials.convert.licences import UNKNOWN_LICENCE, licence_of
 from mdplug.potentials.convert.pickle_machine import Inert
