@@ -109,12 +109,13 @@ def water_box(molecules: int, seed: int = 0) -> Atoms:
 
 
 def motion(atoms: Atoms, frames: int, seed: int = 0) -> np.ndarray:
-    """(frames, N, 3) A: molecules sway by half an Angstrom, atoms tremble, so that pair lists age as in a liquid."""
+    """(frames, N, 3) A: all sway by half an Angstrom, so that pair lists age as in a liquid; molecules a little by
+    themselves, lest they run into each other; atoms tremble."""
     rng = np.random.default_rng(seed)
     n = len(atoms) // 3
     turn = 2 * np.pi * (np.arange(frames)[:, None, None] / 150.0)
     phase = rng.uniform(0, 2 * np.pi, (1, n, 3))
-    sway = np.repeat(0.5 * (np.sin(turn + phase) - np.sin(phase)), 3, axis=1)
+    sway = 0.5 * np.sin(turn) + 0.05 * np.repeat(np.sin(turn + phase) - np.sin(phase), 3, axis=1)
     return atoms.positions + sway + rng.normal(0, 0.01, (frames, len(atoms), 3))
 
 
