@@ -12,9 +12,14 @@ from mdplug.registry import architecture
 from mdplug.spec import Spec
 
 
+def inside(cutoff: float, vectors: Tensor) -> Tensor:
+    """Places of the pairs that are closer than `cutoff` (A)."""
+    return (vectors.detach().square().sum(dim=1) < cutoff * cutoff).nonzero().squeeze(1)
+
+
 def within(cutoff: float, pairs: Tensor, vectors: Tensor) -> Tuple[Tensor, Tensor]:
     """The pairs of a list that are closer than `cutoff` (A)."""
-    keep = (vectors.detach().square().sum(dim=1) < cutoff * cutoff).nonzero().squeeze(1)
+    keep = inside(cutoff, vectors)
     return pairs[:, keep], vectors[keep]
 
 
@@ -118,7 +123,7 @@ class _Composed(Potential):
         energies: List[Tensor] = []
         total = torch.zeros_like(vectors)
         for part in self.parts:
-            keep = (vectors.square().sum(dim=1) < part.cutoff * part.cutoff).nonzero().squeeze(1)
+            keep = inside(part.cutoff, vectors)
             p, v = pairs[:, keep], vectors[keep]
             if part.has_written_adjoint:
                 out = part.local_with_gradient(numbers, p, v, *rest)

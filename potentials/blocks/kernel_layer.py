@@ -133,6 +133,11 @@ class KernelLayer(nn.Module):
         sizes = (atoms.n, self.channels, self.channels)
         return (linear, weights.rows, group, norm, coefficients, kinds, *lists, mix, *sizes)
 
+    def _kinds(self, atoms: Atoms) -> Tensor:
+        """(n,) coefficients of each atom, as the operator `polynomial` wants them."""
+        species = atoms.species32[: atoms.n]
+        return torch.zeros_like(species) if self.agnostic else species
+
     def _skip_group(self, atoms: Atoms) -> Tensor:
         return atoms.kind[: atoms.n] if self.source.skip_by_species else atoms.kind[:0]
 
@@ -162,8 +167,7 @@ class KernelLayer(nn.Module):
         messages = self.messages(sent, radial, graph, atoms)
         if self.gated:
             mixed, saved = self._gated(messages, sent, rho, atoms.n)
-            kinds = torch.zeros_like(atoms.species32[: atoms.n]) if self.agnostic else atoms.species32[: atoms.n]
-            out = ops.polynomial(mixed, self.coefficients, kinds, self.nodes, self.term, self.starts)
+            out = ops.polynomial(mixed, self.coefficients, self._kinds(atoms), self.nodes, self.term, self.starts)
             out = ops.linear(out, weights.mix, self.no_group, out[:0], out.shape[0], self.channels)
         else:
             saved = messages[:0] if rho is None else 1.0 / (rho + 1.0)
@@ -182,7 +186,7 @@ class KernelLayer(nn.Module):
             return self._convolve(sent, radial, radial.columns, graph, 0, n)
         pieces: List[List[Tensor]] = []
         for a, b in self._chunks(graph.first, 0, n):
-            values = self._values(radial, radial.columns[int(graph.first[a]) : int(graph.first[b])])
+            values = radial_values(radial.columns[int(graph.first[a]) : int(graph.first[b])], radial.weight)
             pieces.append(self._split(self._convolve(sent, radial, values, graph, a, b), b - a))
         return torch.cat([torch.cat(parts, dim=1).flatten() for parts in zip(*pieces, strict=True)])
 
@@ -191,9 +195,6 @@ class KernelLayer(nn.Module):
             graph.harmonics, radial.table, radial.columns, graph.r, graph.table_kind, graph.sender_kind, graph.first,
             len(atoms.present), 0, atoms.n, FIRST_KNOT, radial.step, radial.per_kind,
         )  # fmt: skip
-
-    def _values(self, radial: LayerRadial, columns: Tensor) -> Tensor:
-        return radial_values(columns, radial.weight)
 
     def _chunks(self, first: Tensor, begin: int, end: int) -> List[Tuple[int, int]]:
         """Ranges of atoms with at most AT_A_TIME radial functions of their pairs."""
@@ -254,10 +255,9 @@ class KernelLayer(nn.Module):
         weights, (mixed, tape) = self.weights(radial, atoms), saved
         d_own: Optional[Tensor] = None
         if self.gated:
-            kinds = torch.zeros_like(atoms.species32[: atoms.n]) if self.agnostic else atoms.species32[: atoms.n]
             d_product = ops.linear(grad, weights.mix_back, self.no_group, grad[:0], grad.shape[0], self.channels)
             d_mixed = ops.polynomial_backward(
-                mixed, self.coefficients, kinds, self.nodes, self.term, self.starts, d_product
+                mixed, self.coefficients, self._kinds(atoms), self.nodes, self.term, self.starts, d_product
             )
             out, leaves = tape
             d_messages, d_own, d_rho = pull_back([out], leaves, [d_mixed])
@@ -274,7 +274,7 @@ class KernelLayer(nn.Module):
             grad_sent = self._convolve_backward(d_messages, sent, radial, graph, atoms.n, gradients)
             if d_own is not None:
                 grad_sent[:, : atoms.n] += d_own
-        if self.source.has_skip:
+        if self.source.has_skip and self.t > 0:  # before the first layer there are elements alone
             group, components = self._skip_group(atoms), features.shape[0]
             back = ops.linear(grad, weights.skip_back, group, grad[:0], components, self.channels)
         else:
@@ -286,19 +286,19 @@ class KernelLayer(nn.Module):
     ) -> Tensor:
         """Cotangent of `sent` from that of the messages."""
         tabulated = radial.table.numel() > 0
-        weight = in_blocks(radial.weight, LANES[radial.weight.dtype]).flatten(1)
         chunks = [(0, n)] if tabulated else self._chunks(graph.first, 0, n)
         parts = self._split(grad, n) if len(chunks) > 1 else []
         total: Optional[Tensor] = None
         for a, b in chunks:
             first, last = int(graph.first[a]), int(graph.first[b])
             flat = torch.cat([part[:, a:b].flatten() for part in parts]) if parts else grad
-            values = radial.columns if tabulated else self._values(radial, radial.columns[first:last])
+            values = radial.columns if tabulated else radial_values(radial.columns[first:last], radial.weight)
             grad_sent, d_harmonics, d_radial = ops.convolution_backward(
                 sent, graph.harmonics, radial.table, values, graph.r, graph.table_kind, graph.sender, graph.first,
                 self.path_table, self.coupling, self.coefficient, a, b, FIRST_KNOT, radial.step, radial.per_kind, flat,
             )  # fmt: skip
             if not tabulated:
+                weight = in_blocks(radial.weight, LANES[radial.weight.dtype]).flatten(1)
                 d_radial = torch.mm(d_radial.flatten(1), weight.t())
             gradients.add(self.t, first, d_harmonics, d_radial)
             total = grad_sent if total is None else total + grad_sent

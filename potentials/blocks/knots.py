@@ -58,8 +58,8 @@ class Tables(NamedTuple):
     value_error: float
 
 
-def block_channels(k: int, l_in: int, dtype: torch.dtype) -> int:
-    """Channels that a kernel treats at a time: two lines of cache where features are scalars and fill them."""
+def block_channels(k: int, dtype: torch.dtype) -> int:
+    """Channels that a kernel treats at a time: two lines of cache where they fill them."""
     lanes = LANES[dtype]
     return 2 * lanes if k % (2 * lanes) == 0 else lanes
 
@@ -144,7 +144,7 @@ def make_tables(model: Any, species: Tuple[int, ...], tolerance: float = 1e-5) -
             new = reduced.view(-1, *weight.shape[1:])
             layers.append(LayerTable((features @ onto).to(dtype).contiguous(), new.to(dtype)))
         else:
-            block = block_channels(weight.shape[2], messenger.messages.l_in, dtype)
+            block = block_channels(weight.shape[2], dtype)
             functions = (features @ weight.flatten(1)).view(*features.shape[:2], *weight.shape[1:]).to(dtype)
             layers.append(LayerTable(_function_blocks(functions, block), weight.new_zeros(0, 1, 1, dtype=dtype)))
     densities = _density_spline(exact, model.cutoff, kinds, kind_of, tolerance, dtype) if extra else None

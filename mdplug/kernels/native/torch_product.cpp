@@ -1,21 +1,9 @@
 // Operators on atoms: the polynomial, what surrounds it in a layer, and matrices per irrep.
 #include "dispatch.h"
-#include "torch_shim.h"
+#include "torch_polynomial.h"
 
 namespace mdplug {
 namespace {
-
-MdplugPolynomial shape_of(const Tensor& nodes, const Tensor& term, const Tensor& starts, int64_t n_inputs) {
-  MdplugPolynomial shape;
-  shape.n_inputs = n_inputs;
-  shape.n_nodes = nodes.size(0);
-  shape.n_terms = term.numel();
-  shape.n_outputs = starts.numel() - 1;
-  shape.nodes = nodes.data<int32_t>("nodes");
-  shape.term = term.data<int32_t>("term");
-  shape.starts = starts.data<int32_t>("starts");
-  return shape;
-}
 
 void expect(bool fits, const char* what) {
   if (!fits) throw std::runtime_error(std::string("mdplug kernels: wrong size of ") + what);

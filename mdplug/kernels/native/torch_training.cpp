@@ -1,6 +1,6 @@
 // Operators that training alone needs: gradients of weights, and adjoints of adjoints.
 #include "dispatch.h"
-#include "torch_shim.h"
+#include "torch_polynomial.h"
 
 namespace mdplug {
 namespace {
@@ -27,17 +27,8 @@ void op_harmonics_tangent(StableIValue* stack, uint64_t, uint64_t) {
 
 struct Shape : MdplugPolynomial {
   int64_t n, k;
-  Shape(const Tensor& inputs, const Tensor& nodes_of, const Tensor& term_of, const Tensor& starts_of) {
-    n_inputs = inputs.size(0);
-    n = inputs.size(1);
-    k = inputs.size(2);
-    n_nodes = nodes_of.size(0);
-    n_terms = term_of.numel();
-    n_outputs = starts_of.numel() - 1;
-    nodes = nodes_of.data<int32_t>("nodes");
-    term = term_of.data<int32_t>("term");
-    starts = starts_of.data<int32_t>("starts");
-  }
+  Shape(const Tensor& inputs, const Tensor& nodes_of, const Tensor& term_of, const Tensor& starts_of)
+      : MdplugPolynomial(shape_of(nodes_of, term_of, starts_of, inputs.size(0))), n(inputs.size(1)), k(inputs.size(2)) {}
   template <class T>
   Tensor coefficients(int64_t kinds) const {  // as the kernels want them
     const int64_t block = 64 / int64_t(sizeof(T));
