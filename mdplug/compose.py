@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mdplug.errors import InputError
-from mdplug.potential import Potential
+from mdplug.potential import Potential, Pull
 from mdplug.registry import architecture
 from mdplug.spec import Spec
 
@@ -23,7 +23,7 @@ def within(cutoff: float, pairs: Tensor, vectors: Tensor) -> Tuple[Tensor, Tenso
     return pairs[:, keep], vectors[keep]
 
 
-def _joint_spec(name: str, cls: type, parts: List[Potential], outputs: Tuple[str, ...]) -> Spec:
+def joint_spec(name: str, cls: type, parts: List[Potential], outputs: Tuple[str, ...]) -> Spec:
     specs = [p.spec for p in parts]
     if not specs:
         raise InputError(f"{name} needs at least one potential")
@@ -64,7 +64,7 @@ def _rebuild(spec: Spec) -> List[Potential]:
     return [architecture(one.architecture, spec.name).from_spec(one) for one in parts]
 
 
-class _Composed(Potential):
+class Composed(Potential):
     """Shared by Sum and Ensemble: parts, each with its own cutoff."""
 
     def __init__(self, spec: Spec, parts: List[Potential]):
@@ -73,28 +73,28 @@ class _Composed(Potential):
         self.has_written_adjoint = any(part.has_written_adjoint for part in parts)
 
     @classmethod
-    def from_spec(cls, spec: Spec) -> "_Composed":
+    def from_spec(cls, spec: Spec) -> "Composed":
         """See `Potential.from_spec`."""
         return cls(spec, _rebuild(spec))
 
-    def _of(self, parts: List[Potential]) -> "_Composed":
+    def _of(self, parts: List[Potential]) -> "Composed":
         made = type(self)(self.spec, parts)
         made.head, made.origin = self.head, self.origin
         return made
 
-    def with_tables(self) -> "_Composed":
+    def with_tables(self) -> "Composed":
         """See `Potential.with_tables`."""
         return self._of([p.with_tables() for p in self.parts])
 
-    def with_kernels(self, tables: bool) -> "_Composed":
+    def with_kernels(self, tables: bool) -> "Composed":
         """See `Potential.with_kernels`."""
         return self._of([p.with_kernels(tables) for p in self.parts])
 
-    def without_kernels(self) -> "_Composed":
+    def without_kernels(self) -> "Composed":
         """See `Potential.without_kernels`."""
         return self._of([p.without_kernels() for p in self.parts])
 
-    def with_exact_radial(self) -> "_Composed":
+    def with_exact_radial(self) -> "Composed":
         """See `Potential.with_exact_radial`."""
         return self._of([p.with_exact_radial() for p in self.parts])
 
@@ -137,8 +137,28 @@ class _Composed(Potential):
                 total.index_add_(0, keep, gradient)
         return torch.stack(energies), total
 
+    @torch.jit.unused
+    def part_pulls(self, numbers: Tensor, pairs: Tensor, vectors: Tensor, *rest: Any) -> Tuple[Tensor, Any]:
+        """`part_energies`, and the function from their cotangents (M, n_owned) to that of the vectors (E, 3)."""
+        energies: List[Tensor] = []
+        pulls: List[Tuple[Tensor, Pull]] = []
+        for part in self.parts:
+            keep = inside(part.cutoff, vectors)
+            out, pull = part.local_with_pull(numbers, pairs[:, keep], vectors[keep], *rest)
+            energies.append(out["atom_energy"])
+            pulls.append((keep, pull))
 
-class Sum(_Composed):
+        def pull_all(cotangents: Tensor) -> Tensor:
+            total = torch.zeros_like(vectors)
+            for (keep, one), cotangent in zip(pulls, cotangents, strict=True):
+                if bool(cotangent.any()):
+                    total.index_add_(0, keep, one({"atom_energy": cotangent}))
+            return total
+
+        return torch.stack(energies), pull_all
+
+
+class Sum(Composed):
     """E = sum of its parts; reference energies and heads are those of the first."""
 
     @classmethod
@@ -149,7 +169,7 @@ class Sum(_Composed):
             InputError: long-range parts, different heads, or no element in common.
         """
         given = list(parts)
-        return cls(_joint_spec("sum", cls, given, ("atom_energy",)), given)
+        return cls(joint_spec("sum", cls, given, ("atom_energy",)), given)
 
     def local(
         self,
@@ -172,15 +192,25 @@ class Sum(_Composed):
         energies, gradient = self.part_gradients(*arguments)
         return {"atom_energy": energies.sum(dim=0), "pair_gradient": gradient}
 
+    @torch.jit.unused
+    def local_with_pull(self, *arguments: Any) -> Tuple[Dict[str, Tensor], Pull]:
+        """See `Potential.local_with_pull`."""
+        energies, pull = self.part_pulls(*arguments)
 
-class Ensemble(_Composed):
+        def pull_sum(cotangents: Dict[str, Tensor]) -> Tensor:
+            return pull(cotangents["atom_energy"].expand_as(energies))
+
+        return {"atom_energy": energies.sum(dim=0)}, pull_sum
+
+
+class Ensemble(Composed):
     """Mean of its members, whose energies are handed on as "member_atom_energy" (M, n_owned)."""
 
     @classmethod
     def of(cls, members: Iterable[Potential]) -> "Ensemble":
         """Compose; errors as for `Sum.of`."""
         given = list(members)
-        return cls(_joint_spec("ensemble", cls, given, ("atom_energy", "member_atom_energy")), given)
+        return cls(joint_spec("ensemble", cls, given, ("atom_energy", "member_atom_energy")), given)
 
     def local(
         self,
@@ -203,3 +233,16 @@ class Ensemble(_Composed):
         energies, gradient = self.part_gradients(*arguments)
         mean = {"atom_energy": energies.mean(dim=0), "pair_gradient": gradient / len(energies)}
         return {**mean, "member_atom_energy": energies}
+
+    @torch.jit.unused
+    def local_with_pull(self, *arguments: Any) -> Tuple[Dict[str, Tensor], Pull]:
+        """See `Potential.local_with_pull`."""
+        energies, pull = self.part_pulls(*arguments)
+
+        def pull_members(cotangents: Dict[str, Tensor]) -> Tensor:
+            each = cotangents.get("member_atom_energy", torch.zeros_like(energies))
+            if "atom_energy" in cotangents:
+                each = each + cotangents["atom_energy"] / len(energies)
+            return pull(each)
+
+        return {"atom_energy": energies.mean(dim=0), "member_atom_energy": energies}, pull_members

@@ -4,13 +4,15 @@ An architecture writes `local` (and, if long-ranged, `far`); differentiation is 
 (mdplug/deployed.py). Everything here compiles in TorchScript.
 """
 
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from mdplug.exchange import exchange
 from mdplug.spec import Spec
+
+Pull = Callable[[Dict[str, Tensor]], Tensor]
 
 
 class Model(nn.Module):
@@ -119,6 +121,37 @@ class Potential(Model):
     ) -> Dict[str, Tensor]:
         """As `local`, with "pair_gradient" (E, 3) eV/A added: d(sum of atom energies)/d(vectors), without a tape."""
         raise NotImplementedError("local_with_gradient")
+
+    @torch.jit.unused
+    def local_with_pull(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Tuple[Dict[str, Tensor], Pull]:
+        """`local`, and the function that carries cotangents of its outputs back to the vectors.
+
+        It takes {output: cotangent, of the output's shape}, those left out being zero, gives (E, 3), and may be called
+        again: forces of a member, of a bias, or of a random mixture of members are one call each.
+        """
+        with torch.enable_grad():
+            leaf = vectors.detach().clone().requires_grad_(True)
+            out = self.local(numbers, pairs, leaf, n_owned, system_index, total_charge, total_spin, head)
+
+        def pull(cotangents: Dict[str, Tensor]) -> Tensor:
+            with torch.enable_grad():
+                products = [(out[k] * c).sum() for k, c in cotangents.items() if out[k].requires_grad]
+                if not products:
+                    return torch.zeros_like(vectors)
+                found = torch.autograd.grad(products, [leaf], retain_graph=True, allow_unused=True)[0]
+            return torch.zeros_like(vectors) if found is None else found
+
+        return {key: value.detach() for key, value in out.items()}, pull
 
     def far(
         self,

@@ -18,6 +18,8 @@ ARCHITECTURES: dict[str, str] = {
     "mace": "mdplug.potentials.mace:MACE",
     "sum": "mdplug.compose:Sum",
     "ensemble": "mdplug.compose:Ensemble",
+    "biased": "mdplug.biased:Biased",
+    "members": "mdplug.potentials.members:SharedMembers",
 }
 SHIPPED: tuple[str, ...] = ("electrolyte",)
 

@@ -5,33 +5,29 @@ a matrix product on a block of rows; pairs are sorted by receiver for the forwar
 """
 
 import copy
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from mdplug.errors import InputError
 from mdplug.potential import Potential
-from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial, Levels, sort_atoms
+from mdplug.potentials.blocks.kernel_graph import (
+    Atoms,
+    Gradients,
+    Graph,
+    LayerRadial,
+    Levels,
+    PairScalars,
+    Tape,
+    sort_atoms,
+)
 from mdplug.potentials.blocks.kernel_layer import KernelLayer
 from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
 from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.mace import MACE
 
 ops: Any = torch.ops.mdplug
-
-
-class PairScalars(NamedTuple):
-    """What is a plain function of the distance, on a small tape of its own.
-
-    Attributes:
-        r: (P, 1) A, the leaf. repulsion: (n,) or None. densities, columns: by layer.
-    """
-
-    r: Tensor
-    repulsion: Optional[Tensor]
-    densities: Dict[int, Tensor]
-    columns: Dict[int, Tensor]
 
 
 class KernelMACE(Potential):
@@ -122,7 +118,7 @@ class KernelMACE(Potential):
         if torch.is_grad_enabled() and vectors.requires_grad:
             return self.definition.local(*arguments)
         with torch.no_grad():
-            return self._evaluate(*arguments, gradient=False)
+            return self._evaluate(*arguments, gradient=False)[0]
 
     def local_with_gradient(
         self,
@@ -136,10 +132,27 @@ class KernelMACE(Potential):
         head: Tensor,
     ) -> Dict[str, Tensor]:
         """See `Potential.local_with_gradient`."""
+        arguments = (numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
         with torch.no_grad():
-            return self._evaluate(
-                numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, gradient=True
-            )
+            result, tape = self._evaluate(*arguments, gradient=True)
+            result["pair_gradient"] = self._pull(tape, vectors, {}, keep=False)
+        return result
+
+    def local_with_pull(self, numbers: Tensor, pairs: Tensor, vectors: Tensor, *rest: Any) -> Tuple[Any, Any]:
+        """See `Potential.local_with_pull`."""
+        with torch.no_grad():
+            result, tape = self._evaluate(numbers, pairs, vectors, *rest, gradient=True)
+
+        def pull(cotangents: Dict[str, Tensor]) -> Tensor:
+            with torch.no_grad():
+                return self._pull(tape, vectors, cotangents, keep=True)
+
+        return result, pull
+
+    def _pull(self, tape: Tape, vectors: Tensor, cotangents: Dict[str, Tensor], keep: bool) -> Tensor:
+        """(E, 3) cotangent of the vectors; without any given, the gradient of the sum of atom energies."""
+        grad = self._adjoint(tape, cotangents, keep)
+        return vectors.new_zeros(vectors.shape).index_copy_(0, tape.origin, grad)
 
     def _evaluate(
         self,
@@ -152,7 +165,7 @@ class KernelMACE(Potential):
         total_spin: Tensor,
         head: Tensor,
         gradient: bool,
-    ) -> Dict[str, Tensor]:
+    ) -> Tuple[Dict[str, Tensor], Tape]:
         mace = self.definition
         atoms = self._sorted(numbers, n_owned)
         vec, r, receiver, sender, first, origin = ops.graph(pairs, vectors, atoms.place, n_owned, float(mace.cutoff))
@@ -202,10 +215,7 @@ class KernelMACE(Potential):
             "atom_energy": energy[place],
             "features": torch.cat([f[0] for f in features[1:]], dim=1)[place],
         }
-        if gradient:
-            grad = self._adjoint(features, sent, exchanged, saved, slopes, radial, graph, atoms, scalars, scale, vec)
-            result["pair_gradient"] = vectors.new_zeros(vectors.shape).index_copy_(0, origin, grad)
-        return result
+        return result, Tape(features, sent, exchanged, saved, slopes, radial, graph, atoms, scalars, scale, vec, origin)
 
     def _send(
         self, layer: KernelLayer, features: Tensor, radial: LayerRadial, atoms: Atoms
@@ -235,49 +245,53 @@ class KernelMACE(Potential):
         back = pull_back([filled], [leaf], [rows])[0][atoms.order]
         return back.view(atoms.n, grad.shape[0], grad.shape[2]).transpose(0, 1).contiguous()
 
-    def _adjoint(
-        self,
-        features: List[Tensor],
-        sent: List[Optional[Tensor]],
-        exchanged: List[Any],
-        saved: List[Any],
-        slopes: List[Tensor],
-        radial: List[LayerRadial],
-        graph: Graph,
-        atoms: Atoms,
-        scalars: PairScalars,
-        scale: Tensor,
-        vec: Tensor,
-    ) -> Tensor:
-        """(P, 3) dE/d(vectors)."""
+    def _adjoint(self, tape: Tape, cotangents: Dict[str, Tensor], keep: bool) -> Tensor:
+        """(P, 3) cotangent of the vectors.
+
+        Args:
+            cotangents: of "atom_energy" and "features"; none at all: ones for the energies.
+            keep: the tape is needed again.
+        """
+        features, graph, atoms, scalars, saved = tape.features, tape.graph, tape.atoms, tape.scalars, tape.saved
+        of_energy, of_features = cotangents.get("atom_energy"), cotangents.get("features")
+        scale = tape.scale
+        slopes = tape.slopes
+        if cotangents:  # by atom, in sorted order
+            weight = torch.zeros_like(scale) if of_energy is None else of_energy[atoms.order]
+            scale, slopes = weight * scale, [weight.unsqueeze(1) * slope for slope in slopes]
+            if of_features is not None:
+                parts = of_features[atoms.order].chunk(len(slopes), dim=1)
+                slopes = [slope + part for slope, part in zip(slopes, parts, strict=True)]
         gradients = Gradients(graph)
         grad = torch.zeros_like(features[-1])
         for t in range(len(self.layers) - 1, -1, -1):
             layer = self.layers[t]
             grad[0] += slopes[t]
-            grad, grad_sent = layer.backward(grad, saved[t], features[t], sent[t], radial[t], graph, atoms, gradients)
-            saved[t] = None
+            sent, radial = tape.sent[t], tape.radial[t]
+            grad, grad_sent = layer.backward(grad, saved[t], features[t], sent, radial, graph, atoms, gradients)
+            if not keep:
+                saved[t] = None
             if t > 0 and grad_sent is not None:
-                grad_sent = self._send_back(grad_sent, exchanged[t], atoms)
-                up = layer.weights(radial[t], atoms).up_back
+                grad_sent = self._send_back(grad_sent, tape.exchanged[t], atoms)
+                up = layer.weights(radial, atoms).up_back
                 grad = ops.linear(grad_sent, up, layer.no_group, grad, grad.shape[0], grad.shape[2])
-        outputs, cotangents = [], []
+        outputs, weights = [], []
         if scalars.repulsion is not None:
             outputs.append(scalars.repulsion)
-            cotangents.append(scale)
+            weights.append(scale)
         for t, rho in scalars.densities.items():
             outputs.append(rho)
-            cotangents.append(gradients.density[t])
+            weights.append(gradients.density[t])
         for t, columns in scalars.columns.items():
             outputs.append(columns)
-            cotangents.append(gradients.columns[t])
+            weights.append(gradients.columns[t])
         if outputs and graph.r.shape[0]:
-            along = pull_back(outputs, [scalars.r], cotangents)[0].squeeze(1)
+            along = pull_back(outputs, [scalars.r], weights)[0].squeeze(1)
             gradients.r = along if gradients.r is None else gradients.r + along
         harmonics = self.definition.harmonics
         along_r = torch.zeros_like(graph.r) if gradients.r is None else gradients.r
         return ops.harmonics_backward(
-            vec, graph.r, self.left, self.right, harmonics.table, harmonics.l_max, gradients.harmonics, along_r
+            tape.vec, graph.r, self.left, self.right, harmonics.table, harmonics.l_max, gradients.harmonics, along_r
         )
 
     # --- parts -------------------------------------------------------------------------------------------------------

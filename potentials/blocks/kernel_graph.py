@@ -1,6 +1,6 @@
 """What the layers of a MACE on the kernels share: sorted atoms and pairs, radial functions, cotangents of the pairs."""
 
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -69,6 +69,42 @@ class LayerRadial(NamedTuple):
     weight: Tensor
     step: float
     per_kind: int
+
+
+class PairScalars(NamedTuple):
+    """What is a plain function of the distance, on a small tape of its own.
+
+    Attributes:
+        r: (P, 1) A, the leaf. repulsion: (n,) or None. densities, columns: by layer.
+    """
+
+    r: Tensor
+    repulsion: Optional[Tensor]
+    densities: Dict[int, Tensor]
+    columns: Dict[int, Tensor]
+
+
+class Tape(NamedTuple):
+    """What the adjoint needs of the forward pass; lists by layer.
+
+    Attributes:
+        features: before each layer, and after the last. sent: what neighbours see. exchanged: tapes of its exchange.
+        saved: by each layer. slopes: (n, K) of the energy along scalar features. scale: (n,) eV. vec: (P, 3) A.
+        origin: (P,) places of the pairs among those that were given.
+    """
+
+    features: List[Tensor]
+    sent: List[Optional[Tensor]]
+    exchanged: List[Any]
+    saved: List[Any]
+    slopes: List[Tensor]
+    radial: List[LayerRadial]
+    graph: Graph
+    atoms: Atoms
+    scalars: PairScalars
+    scale: Tensor
+    vec: Tensor
+    origin: Tensor
 
 
 class Gradients:

@@ -4,8 +4,10 @@ import pytest
 import torch
 from contract import check
 
+from mdplug.biased import Biased
 from mdplug.compose import Ensemble, Sum
 from mdplug.potentials.mace import MACE, describe
+from mdplug.potentials.members import SharedMembers
 from mdplug.potentials.pair import ZBL, LennardJones, Morse
 from mdplug.potentials.stillinger_weber import StillingerWeber
 
@@ -15,6 +17,15 @@ def mace(**config):
     full = {"channels": 6, "neighbours": [11.3, 11.3], "radial": {"widths": [8, 8]}, "readout": {"hidden": 4}, **config}
     spec = describe("mace", full, 4.0, (1, 6, 8), dtype="float64", atomic_energies={"default": {"H": -13.6, "O": -2e3}})
     return MACE.from_spec(spec).initialise(torch.Generator().manual_seed(1))
+
+
+def members():
+    body = mace()
+    made = SharedMembers.of(body, 4, 2 * body.embedding.shape[1])
+    with torch.no_grad():
+        made.weight.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(2))
+        made.offset.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(3))
+    return made
 
 
 NONLINEAR = {"kinds": ["NL", "NL"], "l_hidden": 1, "edge_channels": 4, "edge_first": True, "agnostic": True}
@@ -32,6 +43,8 @@ POTENTIALS = {
     "mace nonlinear": (lambda: mace(**NONLINEAR), [1, 6, 8]),
     "sum": (lambda: Sum.of([LennardJones.new(0.02, 2.2, 5.0), ZBL.new(3.0, 1.0)]), [1, 8]),
     "ensemble": (lambda: Ensemble.of([LennardJones.new(0.02 + 0.01 * k, 2.2, 5.0) for k in range(3)]), [18]),
+    "members on one body": (lambda: members(), [1, 6, 8]),
+    "biased": (lambda: Biased.of(members(), -0.8), [1, 6, 8]),
 }
 
 
