@@ -35,6 +35,10 @@ COMMANDS: dict[str, Command] = {
     "singlepoint": Command("mdplug.workflows.singlepoint", "Energies, forces, stresses of structures.", "structures"),
     "label": Command("mdplug.workflows.label", "Reference labels by GFN-xTB or any ASE calculator.", "inputs"),
     "train": Command("mdplug.workflows.train", "Train a potential on labels.", "data"),
+    "ensemble": Command("mdplug.workflows.ensemble", "Members on one body, or several models in one file.", "models"),
+    "calibrate": Command(
+        "mdplug.workflows.calibrate", "What sigma is worth: correct it, test it, write it back.", "data"
+    ),
     "evaluate": Command("mdplug.workflows.evaluate", "Errors of a potential against labels.", "data"),
     "info": Command("mdplug.workflows.info", "What a model file holds.", "model"),
     "convert": Command("mdplug.workflows.convert", "An upstream MACE checkpoint -> a model file.", "checkpoint"),

@@ -58,11 +58,7 @@ class SharedMembers(Composed):
         Raises:
             InputError: a body without features or without a list of elements; fewer than two members.
         """
-        if "features" not in body.spec.outputs or not body.spec.species:
-            raise InputError(
-                f"potential {body.spec.name!r} gives no features, or is for any element; members on one body need a "
-                "model such as MACE (make an ensemble of several models instead)"
-            )
+        require_features(body)
         if members < 2:
             raise InputError(f"an ensemble needs two members at least, not {members}")
         outputs = ("atom_energy", "features", "member_atom_energy", "feature_distance")
@@ -144,3 +140,16 @@ class SharedMembers(Composed):
     def scales(self) -> Dict[str, Any]:
         """See `Potential.scales`."""
         return {f"parts.0.{key}": value for key, value in self.parts[0].scales().items()}
+
+
+def require_features(body: Potential) -> None:
+    """Refuse a potential that no members can share.
+
+    Raises:
+        InputError: it has no features, or no list of elements.
+    """
+    if "features" not in body.spec.outputs or not body.spec.species:
+        raise InputError(
+            f"potential {body.spec.name!r} gives no features, or is for any element; members on one body need a "
+            "model such as MACE (make an ensemble of several models instead)"
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mdplug.errors import InputError
 from mdplug.pairs import Pairs, pairs
+from mdplug.potential import Model
 from mdplug.system import AtomicSystem, batch
 
 ENERGY, FORCES, STRESS, VIRIALS = "REF_energy", "REF_forces", "REF_stress", "REF_virials"
@@ -269,6 +270,20 @@ class Batch:
     energy_weight: Tensor
     forces_weight: Tensor
     stress_weight: Tensor
+
+
+def references_of(model: Model) -> dict[str, float]:
+    """{symbol: eV} of a model's level of theory for `Loader`; zero where it holds none."""
+    known = model.spec.atomic_energies.get(model.spec.heads[model.head or 0], {})
+    return dict.fromkeys(chemical_symbols, 0.0) | known
+
+
+def pair_vectors(batch: Batch) -> Tensor:
+    """(E, 3) float64 A, r_j - r_i + shift, of the pairs of a batch, which holds them as indices alone."""
+    system, index = batch.system, batch.pairs.index
+    cell = system.cell[system.system_index[index[0]]]
+    shift = torch.bmm(batch.pairs.shifts.to(cell.dtype).unsqueeze(1), cell).squeeze(1)
+    return system.positions[index[1]] - system.positions[index[0]] + shift
 
 
 @dataclass

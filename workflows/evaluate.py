@@ -19,6 +19,7 @@ from pydantic import Field
 from mdplug.deployed import check_species
 from mdplug.errors import InputError
 from mdplug.potential import Model
+from mdplug.spec import Spec
 from mdplug.workflows._common import (
     ModelConfig,
     Progress,
@@ -28,7 +29,7 @@ from mdplug.workflows._common import (
     torch_threads,
     write_atomic,
 )
-from mdplug.workflows.dataset import Labelled, Loader, read
+from mdplug.workflows.dataset import Labelled, Loader, read, references_of
 from mdplug.workflows.trainer import predictions
 
 
@@ -149,18 +150,25 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
     return result
 
 
+def check_known(structures: Sequence[Labelled], spec: Spec) -> None:
+    """Refuse elements that a model does not know.
+
+    Raises:
+        InputError: naming file, frame and atom.
+    """
+    for s in structures:
+        try:
+            check_species(s.system.numbers, spec)
+        except InputError as error:
+            raise InputError(f"{s.where}: {error}") from error
+
+
 def _errors(
     config: Config, model: Model, chosen: Sequence[Labelled], progress: Progress
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Predicted minus labelled: (S,) eV per atom (NaN: no label), and per structure (n, 3) eV/A."""
-    for s in chosen:
-        try:
-            check_species(s.system.numbers, model.spec)
-        except InputError as error:
-            raise InputError(f"{s.where}: {error}") from error
-    head = model.spec.heads[model.head or 0]
-    known = dict.fromkeys(chemical_symbols, 0.0) | model.spec.atomic_energies.get(head, {})
-    loader = Loader(chosen, model.cutoff, known, config.batch_pairs)
+    check_known(chosen, model.spec)
+    loader = Loader(chosen, model.cutoff, references_of(model), config.batch_pairs)
     energy: list[float] = []
     forces: list[np.ndarray] = []
     with ThreadPoolExecutor(config.threads or 1) as pool:
