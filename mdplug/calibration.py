@@ -77,7 +77,7 @@ class Calibration:
     law: ErrorLaw = field(default_factory=ErrorLaw)
     conformal: tuple[Conformal, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
-    _tensors: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _tensors: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         x, y = np.array(self.knots), np.array(self.values)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special, stats
+from scipy import linalg, special, stats
 
 from mdplug.errors import InputError
 
@@ -139,8 +139,7 @@ def probe_weights(members: int, probes: int, random: np.random.Generator) -> np.
     vector-Jacobian products instead of K; with m = K - 1 it is the squared deviation itself.
     """
     m = int(degrees_of_freedom(members, 1, probes))
-    columns = random.normal(size=(members, m))
-    return np.linalg.qr(columns - columns.mean(axis=0))[0].T
+    return np.linalg.qr(random.normal(size=(members - 1, m)))[0].T @ linalg.helmert(members)
 
 
 def trigger_factor(

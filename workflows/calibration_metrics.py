@@ -33,16 +33,23 @@ def reliability(
     errors: np.ndarray, sigma: np.ndarray, law: ErrorLaw, points: int = 100
 ) -> tuple[np.ndarray, np.ndarray]:
     """(points + 1,) stated levels from 0 to 1, and the shares of errors inside the intervals of those levels."""
-    inside = np.sort(law.cdf(_ratio(errors, sigma)))
+    return _curve(law.cdf(_ratio(errors, sigma)), points)
+
+
+def _curve(reached: np.ndarray, points: int = 100) -> tuple[np.ndarray, np.ndarray]:
     stated = np.linspace(0.0, 1.0, points + 1)
-    observed = np.searchsorted(inside, stated, side="right") / len(inside)
+    observed = np.searchsorted(np.sort(reached), stated, side="right") / len(reached)
     observed[0], observed[-1] = 0.0, 1.0
     return stated, observed
 
 
 def miscalibration_area(errors: np.ndarray, sigma: np.ndarray, law: ErrorLaw) -> float:
     """Area between the reliability curve and the diagonal: 0 perfect, 0.5 worst (V. Kuleshov et al., ICML 2018)."""
-    stated, observed = reliability(errors, sigma, law)
+    return _area(law.cdf(_ratio(errors, sigma)))
+
+
+def _area(reached: np.ndarray) -> float:
+    stated, observed = _curve(reached)
     return float(np.abs(observed - stated).sum()) / (len(stated) - 1)  # trapezoids; both ends are zero
 
 
@@ -74,7 +81,11 @@ def slope(errors: np.ndarray, sigma: np.ndarray) -> float:
 
 def nll(errors: np.ndarray, sigma: np.ndarray, law: ErrorLaw) -> float:
     """Mean negative log likelihood per component; Gaussian scalar: ln(2 pi sigma^2)/2 + error^2/(2 sigma^2)."""
-    return float(np.mean(np.log(np.maximum(sigma, SMALLEST)) - law.log_density(_ratio(errors, sigma))))
+    return float(_nll_each(errors, sigma, law).mean())
+
+
+def _nll_each(errors: np.ndarray, sigma: np.ndarray, law: ErrorLaw) -> np.ndarray:
+    return np.log(np.maximum(sigma, SMALLEST)) - law.log_density(_ratio(errors, sigma))
 
 
 def rll(errors: np.ndarray, sigma: np.ndarray, components: int) -> float:
@@ -93,7 +104,14 @@ def crps(errors: np.ndarray, sigma: np.ndarray, law: ErrorLaw) -> float:
 
     Closed forms: T. Gneiting, A. Raftery, JASA 102, 359 (2007); Student's t: A. Jordan et al., J. Stat. Softw. 90
     (2019). For vectors, averaged over all directions of the axis. NaN for a law without a mean.
+
+    Raises:
+        InputError: neither 1 nor 3 components.
     """
+    return float(_crps_each(errors, sigma, law).mean())
+
+
+def _crps_each(errors: np.ndarray, sigma: np.ndarray, law: ErrorLaw) -> np.ndarray:
     p, v = law.components, law.degrees
     scale = np.maximum(sigma, SMALLEST) * law.width / math.sqrt(p)
     if p not in (1, 3):
@@ -107,12 +125,12 @@ def crps(errors: np.ndarray, sigma: np.ndarray, law: ErrorLaw) -> float:
                 z * special.erf(z / math.sqrt(2)) + math.sqrt(2 / math.pi) * np.exp(-z * z / 2) - 1 / math.sqrt(math.pi)
             )
         elif v <= 1:
-            return float("nan")
+            return np.full(len(errors), np.nan)
         else:
             spread = 2 * math.sqrt(v) / (v - 1) * special.beta(0.5, v - 0.5) / special.beta(0.5, v / 2) ** 2
             one = z * (2 * stats.t.cdf(z, v) - 1) + 2 * stats.t.pdf(z, v) * (v + z * z) / (v - 1) - spread
         total += weight * one
-    return float(np.mean(total * scale))
+    return total * scale
 
 
 def coverage(errors: np.ndarray, sigma: np.ndarray, factor: float) -> tuple[float, float]:
@@ -199,15 +217,28 @@ def scores(
         law: of |error| / sigma that is stated: `calibration.law`, or `ErrorLaw.of_members(K, p)` for a raw sigma.
         outlier_error: an error above it is to be told from the others by sigma ("auroc"); None: 3 x rms error.
     """
+    return _scores(law, outlier_error, errors, sigma, *_each(errors, sigma, law))
+
+
+def _each(errors: np.ndarray, sigma: np.ndarray, law: ErrorLaw) -> tuple[np.ndarray, ...]:
+    """What costs: computed once for each value, and not in every resample."""
+    reached = law.cdf(_ratio(errors, sigma))
+    return reached, _nll_each(errors, sigma, law), _crps_each(errors, sigma, law)
+
+
+def _scores(
+    law: ErrorLaw, outlier_error: float | None, errors: np.ndarray, sigma: np.ndarray, *each: np.ndarray
+) -> dict[str, float]:
+    reached, nll_each, crps_each = each
     rmse = math.sqrt(float(np.mean(errors**2)))
     made = {
         "rmse": rmse,
         "rms_sigma": math.sqrt(float(np.mean(sigma**2))),
-        "miscalibration_area": miscalibration_area(errors, sigma, law),
+        "miscalibration_area": _area(reached),
         "ence": ence(errors, sigma),
-        "nll": nll(errors, sigma, law),
+        "nll": float(nll_each.mean()),
         "rll_percent": rll(errors, sigma, law.components),
-        "crps": crps(errors, sigma, law),
+        "crps": float(crps_each.mean()),
         "spearman": spearman(errors, sigma),
         "auroc": auroc(sigma, errors > (3.0 * rmse if outlier_error is None else outlier_error)),
         "outlier_recall": outlier_recall(errors, sigma),
@@ -242,11 +273,12 @@ def assess(
         InputError: see `calibration_fits.checked`.
     """
     e, s, g = checked(errors, sigma, group)
-    central = scores(e, s, law, outlier_error)
+    columns = (e, s, *_each(e, s, law))
+    central = _scores(law, outlier_error, *columns)
     limit = 3.0 * central["rmse"] if outlier_error is None else outlier_error
     low = high = np.full(len(central), np.nan)
     if resamples:
-        low, high = bootstrap(lambda a, b: list(scores(a, b, law, limit).values()), (e, s), g, resamples, seed=seed)
+        low, high = bootstrap(lambda *c: list(_scores(law, limit, *c).values()), columns, g, resamples, seed=seed)
     made = {name: Value(v, float(low[k]), float(high[k])) for k, (name, v) in enumerate(central.items())}
     ceiling, sd = spearman_ceiling(s, law, seed=seed)
     made["spearman_ceiling"] = Value(ceiling, ceiling - sd, ceiling + sd)
