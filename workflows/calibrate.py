@@ -66,7 +66,7 @@ class Result:
         forces, energy: metrics of calibrated sigma on held-out trajectories, by name: mean over the repeats, and their
             standard deviation. raw: the same of the raw force sigma.
         maps: negative log likelihood of each form on held-out trajectories.
-        novel: {split: {signal: AUROC}} of telling a structure of that split from a known one.
+        novel: {split or config_type: {signal: AUROC}} of telling such a structure from a known one.
     """
 
     model: Path
@@ -147,11 +147,16 @@ def _plain(result: Result) -> dict[str, Any]:
     return {key: value for key, value in vars(result).items() if key != "model"}
 
 
+def _novel_of(structure: Labelled, config: Config) -> str:
+    """Which of `novel` it is; "": none."""
+    return next((name for name in (structure.kind, structure.split) if name in config.novel), "")
+
+
 def _chosen(config: Config) -> tuple[list[Labelled], list[Labelled]]:
     data = read(config.data)
     wanted = [s for s in data.structures if s.kind not in config.exclude_kinds and s.n_atoms > 1]
-    known = [s for s in wanted if (s.split in config.splits if config.splits else s.split not in config.novel_splits)]
-    novel = [s for s in wanted if s.split in config.novel_splits]
+    novel = [s for s in wanted if _novel_of(s, config)]
+    known = [s for s in wanted if not _novel_of(s, config) and (not config.splits or s.split in config.splits)]
     if not known or any(s.forces is None for s in known):
         found = sorted({s.split for s in data.structures})
         raise InputError(f"calibration needs structures with forces; splits in the data: {', '.join(found)}")
@@ -263,9 +268,12 @@ def _novelty(
     """AUROC of the largest sigma (raw, calibrated) and feature distance of a structure, for each novel split."""
     found: dict[str, dict[str, float]] = {}
     known = data.largest(made)
-    for split in dict.fromkeys(s.split for s in novel):
-        there = measure(model, [s for s in novel if s.split == split], config.probes, config.seed, progress)
+    for name in config.novel:
+        strange = [s for s in novel if _novel_of(s, config) == name]
+        if not strange:
+            raise InputError(f"no structure of split or config_type {name!r} is in the data; check novel")
+        there = measure(model, strange, config.probes, config.seed, progress)
         other = there.largest(made)
         truth = np.r_[np.zeros(len(known["sigma"]), dtype=bool), np.ones(len(other["sigma"]), dtype=bool)]
-        found[split] = {key: auroc(np.r_[known[key], other[key]], truth) for key in known}
+        found[name] = {key: auroc(np.r_[known[key], other[key]], truth) for key in known}
     return found
