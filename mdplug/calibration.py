@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,28 +112,31 @@ class Calibration:
         return self._evaluate({name: torch.as_tensor(one) for name, one in given.items()}).numpy()
 
     def _evaluate(self, columns: Mapping[str, Tensor]) -> Tensor:
-        sigma = columns["sigma"]
-        knots, values, slopes, offsets = self._prepared(sigma)
-        x = torch.full_like(sigma, self.offset)
+        knots, intercepts, slopes, offsets = self._prepared(columns["sigma"])
+        x = torch.full_like(columns["sigma"], self.offset)
         for term in self.terms:
-            x = x + term.power * (columns[term.column] + term.floor).clamp_min(SMALLEST).log()
+            column = columns[term.column]
+            floored = column + term.floor if term.floor else column
+            x = torch.add(x, floored.clamp_min(SMALLEST).log(), alpha=term.power)
         if self.elements:
             x = x + offsets[columns["number"].long()]
         if len(knots):
-            within = x.clamp(self.knots[0], self.knots[-1])
-            place = torch.bucketize(within.detach(), knots[1:-1])
-            x = values[place] + slopes[place] * (within - knots[place]) + (x - self.knots[-1]).clamp_min(0.0)
+            piece = torch.bucketize(x.detach(), knots)
+            x = torch.addcmul(intercepts[piece], slopes[piece], x)
         return x.exp()
 
     def _prepared(self, like: Tensor) -> tuple[Tensor, ...]:
+        """(T,) knots; (T + 1,) intercepts and slopes of the pieces below, between and above them; (119,) offsets."""
         key = (like.device, like.dtype)
         if key not in self._tensors:
-            slopes = np.diff(self.values) / np.diff(self.knots) if len(self.knots) > 1 else np.zeros(len(self.knots))
+            x, y = np.array(self.knots), np.array(self.values)
+            slopes = np.array([0.0, *(np.diff(y) / np.diff(x)), 1.0])
+            intercepts = np.array([*y[:1], *(y - slopes[1:] * x)]) if len(x) else slopes
             offsets = np.full(HIGHEST_NUMBER + 1, max(self.elements.values(), default=0.0))
             for z, offset in self.elements.items():
                 offsets[z] = offset
-            arrays: Sequence[Any] = (self.knots, self.values, slopes, offsets)
-            self._tensors[key] = tuple(torch.tensor(np.array(a), dtype=like.dtype, device=like.device) for a in arrays)
+            arrays = (x, intercepts, slopes, offsets)
+            self._tensors[key] = tuple(torch.tensor(a, dtype=like.dtype, device=like.device) for a in arrays)
         return self._tensors[key]
 
     def factor(self, level: float, target: str = "atom") -> tuple[float, str]:

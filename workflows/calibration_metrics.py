@@ -68,15 +68,22 @@ def ence(errors: np.ndarray, sigma: np.ndarray) -> float:
     D. Levi et al., Sensors 22, 5540 (2022).
     Its floor for a perfect sigma is about sqrt(bins / (pi n)) for Gaussian scalars, not zero.
     """
-    stated, seen = binned(errors, sigma)
+    return _ence(*binned(errors, sigma))
+
+
+def _ence(stated: np.ndarray, seen: np.ndarray) -> float:
     return float(np.mean(np.abs(stated - seen) / np.maximum(stated, SMALLEST)))
 
 
 def slope(errors: np.ndarray, sigma: np.ndarray) -> float:
     """Slope of log rms error against log rms sigma over the bins: 1 where sigma says how much larger an error is."""
-    stated, seen = (np.log(np.maximum(one, SMALLEST)) for one in binned(errors, sigma))
-    centred = stated - stated.mean()
-    return float(centred @ seen / (centred @ centred)) if np.ptp(stated) > 1e-9 else float("nan")
+    return _slope(*binned(errors, sigma))
+
+
+def _slope(stated: np.ndarray, seen: np.ndarray) -> float:
+    x, y = np.log(np.maximum(stated, SMALLEST)), np.log(np.maximum(seen, SMALLEST))
+    centred = x - x.mean()
+    return float(centred @ y / (centred @ centred)) if np.ptp(x) > 1e-9 else float("nan")
 
 
 def nll(errors: np.ndarray, sigma: np.ndarray, law: ErrorLaw) -> float:
@@ -183,7 +190,10 @@ def bootstrap(
     level: float = 0.9,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval of function(*arrays) over resampled groups, which are taken as independent.
+    """Interval of function(*arrays) from resampled groups, which are taken as independent.
+
+    Percentiles of the resamples, moved by value - mean of the resamples: what is made of absolute values (an area, a
+    calibration error) grows by resampling alone.
 
     Args:
         arrays: (n, ...) each. group: (n,) ints, the trajectory. Few groups (< 10) give intervals that are too narrow.
@@ -192,18 +202,19 @@ def bootstrap(
         low and high, of the shape that the function gives; NaN for a single group.
     """
     random = np.random.default_rng(seed)
+    value = np.asarray(function(*arrays), dtype=float)
     index = np.unique(group, return_inverse=True)[1]
     members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
     if len(members) < 2:
-        whole = np.full_like(np.asarray(function(*arrays), dtype=float), np.nan)
-        return whole, whole
+        return np.full_like(value, np.nan), np.full_like(value, np.nan)
     drawn = []
     for _ in range(resamples):
         chosen = np.concatenate([members[k] for k in random.integers(len(members), size=len(members))])
         drawn.append(function(*(a[chosen] for a in arrays)))
     edges = [(1 - level) / 2, (1 + level) / 2]
+    values = np.array(drawn, dtype=float)
     with np.errstate(invalid="ignore"):
-        low, high = np.quantile(np.array(drawn, dtype=float), edges, axis=0)
+        low, high = np.quantile(values, edges, axis=0) - values.mean(axis=0) + value
     return low, high
 
 
@@ -230,19 +241,20 @@ def _scores(
     law: ErrorLaw, outlier_error: float | None, errors: np.ndarray, sigma: np.ndarray, *each: np.ndarray
 ) -> dict[str, float]:
     reached, nll_each, crps_each = each
+    bins = binned(errors, sigma)
     rmse = math.sqrt(float(np.mean(errors**2)))
     made = {
         "rmse": rmse,
         "rms_sigma": math.sqrt(float(np.mean(sigma**2))),
         "miscalibration_area": _area(reached),
-        "ence": ence(errors, sigma),
+        "ence": _ence(*bins),
         "nll": float(nll_each.mean()),
         "rll_percent": rll(errors, sigma, law.components),
         "crps": float(crps_each.mean()),
         "spearman": spearman(errors, sigma),
         "auroc": auroc(sigma, errors > (3.0 * rmse if outlier_error is None else outlier_error)),
         "outlier_recall": outlier_recall(errors, sigma),
-        "slope": slope(errors, sigma),
+        "slope": _slope(*bins),
     }
     for level in LEVELS:
         name = f"{100 * level:g}"

@@ -23,6 +23,7 @@ def plot(path: Path, data: Mapping[str, tuple[np.ndarray, np.ndarray, ErrorLaw]]
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(8, 3.6 * len(data)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -47,6 +48,7 @@ def plot(path: Path, data: Mapping[str, tuple[np.ndarray, np.ndarray, ErrorLaw]]
             right.plot(ends, ends, "k-", lw=1, label="ideal")
             right.plot(ends, float(law.quantile(0.95)) * ends, "k:", lw=1, label="95 %")
             right.set(xscale="log", yscale="log", xlabel=f"sigma / {unit}", ylabel=f"|error| / {unit}", title=title)
+            right.xaxis.set_minor_formatter(NullFormatter())  # they overlap where the range is short
             right.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
