@@ -44,7 +44,9 @@ class Config(ModelConfig):
     splits: tuple[str, ...] = Field(
         (), description="calibrate on these values of info['split']; default: all but novel"
     )
-    novel_splits: tuple[str, ...] = Field((), description="structures that it should call unknown: tested, not fitted")
+    novel: tuple[str, ...] = Field(
+        (), description="split or config_type of structures it should find strange: tested, not fitted; may be repeated"
+    )
     exclude_kinds: tuple[str, ...] = Field(
         ("isolated_atom", "IsolatedAtom"), description="config_type of structures to leave out"
     )
@@ -91,7 +93,7 @@ class Result:
             text = ", ".join(
                 f"{key.replace('_', ' ')} {mean:.3g} +- {sd:.2g}"
                 for key, (mean, sd) in found.items()
-                if np.isfinite(mean)
+                if not np.isnan(mean)
             )
             lines.append(f"{name}, held out: {text}")
         lines.append("raw force sigma: " + ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in self.raw.items()))
@@ -144,7 +146,14 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
 
 
 def _plain(result: Result) -> dict[str, Any]:
-    return {key: value for key, value in vars(result).items() if key != "model"}
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(one) for key, one in value.items()}
+        if isinstance(value, tuple):
+            return [finite(one) for one in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    return {key: finite(value) for key, value in vars(result).items() if key != "model"}
 
 
 def _novel_of(structure: Labelled, config: Config) -> str:
@@ -156,6 +165,9 @@ def _chosen(config: Config) -> tuple[list[Labelled], list[Labelled]]:
     data = read(config.data)
     wanted = [s for s in data.structures if s.kind not in config.exclude_kinds and s.n_atoms > 1]
     novel = [s for s in wanted if _novel_of(s, config)]
+    for name in config.novel:
+        if not any(_novel_of(s, config) == name for s in novel):
+            raise InputError(f"no structure of split or config_type {name!r} is in the data; check novel")
     known = [s for s in wanted if not _novel_of(s, config) and (not config.splits or s.split in config.splits)]
     if not known or any(s.forces is None for s in known):
         found = sorted({s.split for s in data.structures})
@@ -255,11 +267,12 @@ def _row(errors: np.ndarray, sigma: np.ndarray, made: Calibration) -> dict[str, 
 
 
 def _mean(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    if not rows:
-        return {}
-    return {
-        key: (float(np.mean([row[key] for row in rows])), float(np.std([row[key] for row in rows]))) for key in rows[0]
-    }
+    """Mean and standard deviation by name; infinite where one is (an interval from too few trajectories)."""
+    found: dict[str, tuple[float, float]] = {}
+    for key in rows[0] if rows else ():
+        values = np.array([row[key] for row in rows])
+        found[key] = (float(values.mean()), float(values.std()) if np.isfinite(values).all() else float("inf"))
+    return found
 
 
 def _novelty(
@@ -270,8 +283,6 @@ def _novelty(
     known = data.largest(made)
     for name in config.novel:
         strange = [s for s in novel if _novel_of(s, config) == name]
-        if not strange:
-            raise InputError(f"no structure of split or config_type {name!r} is in the data; check novel")
         there = measure(model, strange, config.probes, config.seed, progress)
         other = there.largest(made)
         truth = np.r_[np.zeros(len(known["sigma"]), dtype=bool), np.ones(len(other["sigma"]), dtype=bool)]
