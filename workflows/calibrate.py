@@ -165,9 +165,6 @@ def _chosen(config: Config) -> tuple[list[Labelled], list[Labelled]]:
     data = read(config.data)
     wanted = [s for s in data.structures if s.kind not in config.exclude_kinds and s.n_atoms > 1]
     novel = [s for s in wanted if _novel_of(s, config)]
-    for name in config.novel:
-        if not any(_novel_of(s, config) == name for s in novel):
-            raise InputError(f"no structure of split or config_type {name!r} is in the data; check novel")
     known = [s for s in wanted if not _novel_of(s, config) and (not config.splits or s.split in config.splits)]
     if not known or any(s.forces is None for s in known):
         found = sorted({s.split for s in data.structures})
@@ -178,6 +175,9 @@ def _chosen(config: Config) -> tuple[list[Labelled], list[Labelled]]:
             f"{groups} independent trajectories (info['group']) are too few to calibrate and test on; give "
             f"{FEWEST_GROUPS} or more"
         )
+    for name in config.novel:
+        if not any(_novel_of(s, config) == name for s in novel):
+            raise InputError(f"no structure of split or config_type {name!r} is in the data; check novel")
     return known, novel
 
 
