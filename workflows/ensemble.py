@@ -32,7 +32,7 @@ class Config(BaseConfig):
     output: Path = Field(Path("ensemble.safetensors"), description="model file to write")
     data: tuple[Path, ...] = Field((), description="labelled extended XYZ that the model was trained on")
     members: int = Field(32, ge=2, description="readouts on the body of one model")
-    method: Literal["laplace", "bootstrap", "pops"] = Field("laplace", description="how members are drawn")
+    method: Literal["laplace", "pops"] = Field("laplace", description="how members are drawn")
     directions: int = Field(8, ge=1, description="random directions along which forces of a structure are used")
     max_structures: int = Field(4000, ge=1, description="of the training data, drawn at random")
     exclude_kinds: tuple[str, ...] = Field(

@@ -21,7 +21,7 @@ from mdplug.potentials.members import SharedMembers
 from mdplug.workflows.dataset import Batch, Loader, pair_vectors
 
 STEP_A = 1e-3  # of the difference along a direction
-METHODS = ("laplace", "bootstrap", "pops")
+METHODS = ("laplace", "pops")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,6 @@ def members_of(rows: Rows, method: str, members: int, seed: int) -> np.ndarray:
     """(M, F + Z) readouts that the labels leave open; only their differences matter.
 
     laplace: drawn from the Gaussian posterior of the weights (F. Bigi et al. 2024, as in `SharedMembers`).
-    bootstrap: each fitted to structures drawn with replacement (B. Efron 1979).
     pops: each from where single labels would move the weights, the uniform distribution over the box that these
         corrections span along their principal axes (T. D. Swinburne and D. Perez, Mach. Learn.: Sci. Technol. 2025).
     """
@@ -169,15 +168,6 @@ def members_of(rows: Rows, method: str, members: int, seed: int) -> np.ndarray:
     x, y = rows.x / rows.noise[:, None], rows.y / rows.noise
     gram = (x * rows.weight[:, None]).T @ x
     ridge = 1e-9 * np.trace(gram) / len(gram) * np.eye(len(gram)) + np.eye(len(gram)) * 1e-6
-    if method == "bootstrap":
-        _, place = np.unique(rows.structure, return_inverse=True)
-        count = place.max() + 1
-        found = []
-        for _ in range(members):
-            often = np.bincount(rng.integers(count, size=count), minlength=count)[place] * rows.weight
-            xw = x * often[:, None]
-            found.append(np.linalg.solve(xw.T @ x + ridge, xw.T @ y))
-        return np.stack(found)
     values, vectors = np.linalg.eigh(gram + ridge)
     root = vectors / np.sqrt(np.maximum(values, 1e-14 * values.max()))  # root root^T: the inverse
     if method == "laplace":
