@@ -19,8 +19,10 @@ from mdplug.potentials.blocks import kernel_training
 from mdplug.potentials.blocks.convolution import build_graph, neighbour_sum
 from mdplug.potentials.blocks.harmonics import SphericalHarmonics
 from mdplug.potentials.blocks.interaction import KINDS, GatedMessenger, Layer, Messenger
-from mdplug.potentials.blocks.radial import PlainNet, Radial, Repulsion, SpeciesNet
+from mdplug.potentials.blocks.radial import Radial
+from mdplug.potentials.blocks.radial_nets import PlainNet, SpeciesNet
 from mdplug.potentials.blocks.readout import GatedReadout, LinearReadout, NoReadout, StateEmbedding
+from mdplug.potentials.blocks.repulsion import Repulsion
 from mdplug.potentials.blocks.tables import tabulate
 from mdplug.spec import Spec
 

@@ -1,6 +1,6 @@
-"""What the layers of a MACE on the kernels share: sorted atoms and pairs, radial functions, cotangents of the pairs."""
+"""What the layers of a MACE on the kernels share: sorted atoms and pairs, radial functions. Compiles in TorchScript."""
 
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ class Atoms(NamedTuple):
 
     Attributes:
         n: owned atoms. order: (n,) sorted place -> atom. place: (N,) int32 atom -> sorted place, ghosts as they are.
-        species: (N,) int64, in sorted order. kind: (N,) int32, place of the species in `present`.
-        present: species that occur among all atoms. groups: (species, begin, end) of the owned atoms.
+        species: (N,) int64, in sorted order; species32: the same. kind: (N,) int32, place of the species in `present`.
+        present: (S',) int64 species that have matrices; all that occur are among them.
     """
 
     n: int
@@ -24,8 +24,7 @@ class Atoms(NamedTuple):
     species: Tensor
     species32: Tensor
     kind: Tensor
-    present: Tuple[int, ...]
-    groups: Tuple[Tuple[int, int, int], ...]
+    present: Tensor
 
 
 class Levels(NamedTuple):
@@ -62,7 +61,7 @@ class Graph(NamedTuple):
 
 
 class LayerRadial(NamedTuple):
-    """Radial functions of one layer: a table (see `knots`), or columns (P, b) with their weight (b, P, k)."""
+    """Radial functions of one layer: a table (see `knots`), or columns (P, b) with their weight (b, blocks, p, C)."""
 
     table: Tensor
     columns: Tensor
@@ -71,62 +70,38 @@ class LayerRadial(NamedTuple):
     per_kind: int
 
 
-class Gradients:
-    """Cotangents of what pairs hold, summed over the layers.
+class Cotangents(NamedTuple):
+    """What the adjoint of a layer hands on.
 
     Attributes:
-        harmonics, r, columns: see `Graph` and `LayerRadial`, columns by layer. density: (n,) by layer.
+        features: of the old features. sent: of what neighbours were sent, or empty. harmonics: (P, (l_max+1)^2).
+        radial: by r (P,), or by the columns (P, b). rho: (n,) of the density, or empty.
     """
 
-    def __init__(self, graph: Graph):
-        self.graph = graph
-        self.harmonics: Optional[Tensor] = None
-        self.r: Optional[Tensor] = None
-        self.columns: Dict[int, Tensor] = {}
-        self.density: Dict[int, Tensor] = {}
-
-    def add(self, t: int, first: int, d_harmonics: Tensor, d_radial: Tensor) -> None:
-        """What layer t gave the pairs from `first` on; d_radial: by r (p,), or by columns (p, b)."""
-        self.harmonics = _added(self.harmonics, self.graph.harmonics, first, d_harmonics)
-        if d_radial.dim() == 1:
-            self.r = _added(self.r, self.graph.r, first, d_radial)
-        else:
-            like = d_radial.new_empty(len(self.graph.r), d_radial.shape[1])
-            self.columns[t] = _added(self.columns.get(t), like, first, d_radial)
+    features: Tensor
+    sent: Tensor
+    harmonics: Tensor
+    radial: Tensor
+    rho: Tensor
 
 
-def _added(total: Optional[Tensor], like: Tensor, first: int, part: Tensor) -> Tensor:
-    if total is None:
-        if len(part) == len(like):
-            return part
-        total = torch.zeros_like(like)
-    total.narrow(0, first, len(part)).add_(part)
-    return total
-
-
-def sort_atoms(species: Tensor, n_owned: int) -> Atoms:
+def sort_atoms(species: Tensor, n_owned: int, present: Optional[Tensor] = None) -> Atoms:
     """Atoms by species.
 
     Args:
         species: (N,) int64 of all atoms, of which the first n_owned are owned.
+        present: see `Atoms`, in rising order; None: those that occur.
     """
     order = torch.argsort(species[:n_owned], stable=True)
-    place = torch.arange(len(species), dtype=torch.int32)
+    place = torch.arange(species.shape[0], dtype=torch.int32)
     place[order] = torch.arange(n_owned, dtype=torch.int32)
     by_place = torch.cat([species[order], species[n_owned:]])
-    present = tuple(torch.unique(species).tolist())
-    kind_of = torch.zeros(max(present, default=0) + 1, dtype=torch.int32)
-    kind_of[list(present)] = torch.arange(len(present), dtype=torch.int32)
-    groups, begin = [], 0
-    for z in present:
-        count = int((by_place[:n_owned] == z).sum())
-        if count:
-            groups.append((z, begin, begin + count))
-            begin += count
-    if not groups:
-        groups.append((present[0] if present else 0, 0, 0))
-        present = present or (0,)
-    return Atoms(n_owned, order, place, by_place, by_place.to(torch.int32), kind_of[by_place], present, tuple(groups))
+    if present is None:
+        present = torch.unique(species)
+        if present.shape[0] == 0:
+            present = torch.zeros(1, dtype=torch.int64)
+    kind = torch.searchsorted(present, by_place, out_int32=True)
+    return Atoms(n_owned, order, place, by_place, by_place.to(torch.int32), kind, present)
 
 
 def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:
