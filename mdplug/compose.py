@@ -94,6 +94,10 @@ class _Composed(Potential):
         """See `Potential.without_kernels`."""
         return self._of([p.without_kernels() for p in self.parts])
 
+    def native(self) -> "_Composed":
+        """See `Potential.native`."""
+        return self._of([p.native() for p in self.parts])
+
     def with_exact_radial(self) -> "_Composed":
         """See `Potential.with_exact_radial`."""
         return self._of([p.with_exact_radial() for p in self.parts])
@@ -117,24 +121,38 @@ class _Composed(Potential):
             energies.append(out["atom_energy"])
         return torch.stack(energies)
 
-    @torch.jit.unused
-    def part_gradients(self, numbers: Tensor, pairs: Tensor, vectors: Tensor, *rest: Any) -> Tuple[Tensor, Tensor]:
-        """`part_energies`, and (E, 3) eV/A the gradient of their sum; arguments as there."""
+    def part_gradients(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Tuple[Tensor, Tensor]:
+        """`part_energies`, and (E, 3) eV/A the gradient of their sum."""
         energies: List[Tensor] = []
         total = torch.zeros_like(vectors)
+        grad_mode = torch.is_grad_enabled()
         for part in self.parts:
             keep = inside(part.cutoff, vectors)
             p, v = pairs[:, keep], vectors[keep]
             if part.has_written_adjoint:
-                out = part.local_with_gradient(numbers, p, v, *rest)
-                gradient = out["pair_gradient"]
+                out = part.local_with_gradient(numbers, p, v, n_owned, system_index, total_charge, total_spin, head)
+                total.index_add_(0, keep, out["pair_gradient"])
+                energies.append(out["atom_energy"])
             else:
-                with torch.enable_grad():
-                    out = part.local(numbers, p, v.requires_grad_(True), *rest)
-                    (gradient,) = torch.autograd.grad(out["atom_energy"].sum(), v, allow_unused=True)
-            energies.append(out["atom_energy"].detach())
-            if gradient is not None:
-                total.index_add_(0, keep, gradient)
+                torch.set_grad_enabled(True)
+                v.requires_grad_(True)
+                out = part.local(numbers, p, v, n_owned, system_index, total_charge, total_spin, head)
+                grads = torch.autograd.grad([out["atom_energy"].sum()], [v], allow_unused=True)
+                torch.set_grad_enabled(grad_mode)
+                gradient = grads[0]
+                if gradient is not None:
+                    total.index_add_(0, keep, gradient)
+                energies.append(out["atom_energy"].detach())
         return torch.stack(energies), total
 
 
@@ -166,10 +184,21 @@ class Sum(_Composed):
         energies = self.part_energies(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
         return {"atom_energy": energies.sum(dim=0)}
 
-    @torch.jit.unused
-    def local_with_gradient(self, *arguments: Any) -> Dict[str, Tensor]:
+    def local_with_gradient(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
         """See `Potential.local_with_gradient`."""
-        energies, gradient = self.part_gradients(*arguments)
+        energies, gradient = self.part_gradients(
+            numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head
+        )
         return {"atom_energy": energies.sum(dim=0), "pair_gradient": gradient}
 
 
@@ -197,9 +226,23 @@ class Ensemble(_Composed):
         energies = self.part_energies(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
         return {"atom_energy": energies.mean(dim=0), "member_atom_energy": energies}
 
-    @torch.jit.unused
-    def local_with_gradient(self, *arguments: Any) -> Dict[str, Tensor]:
+    def local_with_gradient(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
         """See `Potential.local_with_gradient`."""
-        energies, gradient = self.part_gradients(*arguments)
-        mean = {"atom_energy": energies.mean(dim=0), "pair_gradient": gradient / len(energies)}
-        return {**mean, "member_atom_energy": energies}
+        energies, gradient = self.part_gradients(
+            numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head
+        )
+        return {
+            "atom_energy": energies.mean(dim=0),
+            "member_atom_energy": energies,
+            "pair_gradient": gradient / energies.shape[0],
+        }

@@ -42,7 +42,7 @@ class Potential(Model):
         has_written_adjoint: `local_with_gradient` is there, and `Deployed` takes it instead of autograd.
     """
 
-    __constants__ = ["alone"]  # inherited, which Final annotations are not
+    __constants__ = ["alone", "has_written_adjoint"]  # inherited, which Final annotations are not
     has_written_adjoint = False
 
     def __init__(self, spec: Spec):
@@ -151,6 +151,14 @@ class Potential(Model):
 
     def without_kernels(self) -> "Potential":
         """The form in plain torch operators, which compiles: itself, unless `with_kernels` made it."""
+        return self
+
+    def native(self) -> "Potential":
+        """The form of `with_kernels` that compiles, for files: itself, where it has no operators of its own.
+
+        Raises:
+            InputError: it knows more elements than such a file holds.
+        """
         return self
 
     def with_exact_radial(self) -> "Potential":

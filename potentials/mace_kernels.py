@@ -59,7 +59,7 @@ class KernelMACE(Potential):
         self.table_error = 0.0
         self.table_report: Dict[str, Any] = {}
         self.made = None
-        self._tables: Dict[Tuple[int, ...], Tables] = {}
+        self._tables: Optional[Tuple[Tuple[int, ...], Tables]] = None
         self._known: Optional[Tuple[Tensor, Atoms]] = None  # one attribute: threads share this module
         self._known_levels: Optional[Tuple[Atoms, Levels]] = None
         n_species = mace.embedding.shape[0]
@@ -70,6 +70,7 @@ class KernelMACE(Potential):
                     "name those of your system with species"
                 )
             self.made = self._make(torch.arange(n_species))
+            self._tables = None  # a file would hold them twice
         elif self.tabulated:
             # Where elements matter, tables are made for those at hand; these two stand for the error.
             self._tables_for((0, n_species - 1))
@@ -131,9 +132,13 @@ class KernelMACE(Potential):
     ) -> Dict[str, Tensor]:
         """See `Potential.local`; where a gradient is wanted it is the definition that runs."""
         if torch.is_grad_enabled() and vectors.requires_grad:
-            return self.definition.local(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
-        with torch.no_grad():
-            return self._evaluate(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, False)
+            out = self.definition.local(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
+        else:  # nothing returns from within: TorchScript cannot
+            with torch.no_grad():
+                out = self._evaluate(
+                    numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, False
+                )
+        return out
 
     def local_with_gradient(
         self,
@@ -148,7 +153,8 @@ class KernelMACE(Potential):
     ) -> Dict[str, Tensor]:
         """See `Potential.local_with_gradient`."""
         with torch.no_grad():
-            return self._evaluate(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, True)
+            out = self._evaluate(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, True)
+        return out
 
     def _evaluate(
         self,
@@ -354,17 +360,18 @@ class KernelMACE(Potential):
     @torch.jit.unused
     def _tables_for(self, present: Tuple[int, ...]) -> Tables:
         key = present if self.pair_functions.kinds_matter else ()
-        made = self._tables.get(key)
-        if made is None:
-            made = make_tables(self.definition, present)
-            self._tables = {key: made}
-            self.table_error = made.slope_error
-            self.table_report = {
-                "radial": "quintic splines",
-                "slope_error": made.slope_error,
-                "value_error": made.value_error,
-                "knots": made.per_kind - 1,
-            }
+        known = self._tables
+        if known is not None and known[0] == key:
+            return known[1]
+        made = make_tables(self.definition, present)
+        self._tables = (key, made)
+        self.table_error = made.slope_error
+        self.table_report = {
+            "radial": "quintic splines",
+            "slope_error": made.slope_error,
+            "value_error": made.value_error,
+            "knots": made.per_kind - 1,
+        }
         return made
 
     @torch.jit.unused

@@ -63,6 +63,7 @@ class KernelLayer(nn.Module):
     term: Tensor
     starts: Tensor
     coefficients: Tensor
+    no_group: Tensor
 
     def __init__(self, model: Any, t: int):
         super().__init__()
@@ -75,7 +76,7 @@ class KernelLayer(nn.Module):
         self.skip_by_species = layer.skip_by_species
         self.l_max, self.n_radial, self.channels = messenger.l_max, messenger.n_radial, model.embedding.shape[1]
         self.edge_channels, self.edge_components = layer.up.shape[2], layer.up.shape[0] ** 2
-        self.gates = Gates(messenger) if self.gated else nn.Identity()
+        self.gates: Any = Gates(messenger) if self.gated else nn.Identity()
         paths: List[Tuple[int, int, int]] = list(messenger.messages.paths)
         self.n_paths, self.at_a_time, self.first_knot = len(paths), AT_A_TIME, FIRST_KNOT
         self.widths = [count * self.edge_channels for count in messenger.messages.fan_in]
@@ -177,7 +178,7 @@ class KernelLayer(nn.Module):
         if end == begin:
             return [(begin, end)]
         most = max(self.at_a_time // (self.n_paths * self.edge_channels), 1)
-        marks: List[int] = first[begin : end + 1].tolist()
+        marks: List[int] = first[begin : end + 1].long().tolist()
         out = torch.jit.annotate(List[Tuple[int, int]], [])
         a = 0
         for b in range(1, len(marks)):

@@ -40,7 +40,7 @@ class PairFunctions(nn.Module):
         messengers = [layer.messenger for layer in mace.layers]
         self.has_repulsion, self.tabulated, self.first_knot = mace.has_repulsion, tabulated, FIRST_KNOT
         self.repulsion = mace.repulsion
-        self.radial = nn.Identity() if tabulated else mace.radial
+        self.radial: Any = nn.Identity() if tabulated else mace.radial
         self.n_radial: List[int] = [messenger.n_radial for messenger in messengers]
         self.has_density: List[bool] = [messenger.has_density for messenger in messengers]
         self.kinds_matter = depends_on_species(mace.radial)  # tables differ between pairs of elements

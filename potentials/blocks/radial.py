@@ -235,9 +235,9 @@ class Radial(nn.Module):
         self.p = int(config["p"])
         self.apply_cutoff = bool(config["apply_cutoff"])
         self.detached = bool(config["detached"])
-        self.basis = make_basis(config["basis"], int(config["n_basis"]), cutoff, dtype)
-        self.transform = make_transform(config["transform"], radii, dtype)
-        self.nets = nn.ModuleList(nets)
+        self.basis: Any = make_basis(config["basis"], int(config["n_basis"]), cutoff, dtype)
+        self.transform: Any = make_transform(config["transform"], radii, dtype)
+        self.nets: Any = nn.ModuleList(nets)
         self.register_buffer("cutoff", torch.tensor(cutoff, dtype=dtype), persistent=False)
 
     def forward(self, r: Tensor, receiver: Tensor, sender: Tensor) -> List[Tensor]:

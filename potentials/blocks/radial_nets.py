@@ -5,7 +5,7 @@
 
 import math
 from itertools import pairwise
-from typing import Dict, Final, List, Sequence, Tuple
+from typing import Any, Dict, Final, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class SpeciesNet(nn.Module):
         for a, b in pairwise(widths):
             parts += [Norm(a, eps=1e-5, dtype=dtype), Silu(), Affine(a, b, dtype=dtype)]
         parts += [Norm(widths[-1], eps=1e-5, dtype=dtype), Silu()]
-        self.rest = nn.Sequential(*parts)
+        self.rest: Any = nn.Sequential(*parts)
         self.density_first = nn.Linear(width, 64, dtype=dtype)
         self.density_norm = Norm(64, eps=1e-5, dtype=dtype)
         self.density_last = Affine(64, 1, dtype=dtype)
