@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from mdplug.errors import InputError
 from mdplug.potential import Potential
 from mdplug.potentials.blocks.kernel_graph import Atoms, Graph, LayerRadial, Levels, sort_atoms
-from mdplug.potentials.blocks.kernel_layer import KernelLayer, Passed
-from mdplug.potentials.blocks.kernel_pairs import PairFunctions, PairScalars
-from mdplug.potentials.blocks.kernel_weights import Made, make_weights, no_tables
-from mdplug.potentials.blocks.knots import Tables, make_tables
+from mdplug.potentials.blocks.kernel_layer import KernelLayer, Tape
+from mdplug.potentials.blocks.kernel_pairs import PairFunctions
+from mdplug.potentials.blocks.kernel_weights import Made, Maker, report
+from mdplug.potentials.blocks.knots import Tables
 from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.mace import MACE
 
@@ -59,9 +59,9 @@ class KernelMACE(Potential):
         self.table_error = 0.0
         self.table_report: Dict[str, Any] = {}
         self.made = None
-        self._tables: Optional[Tuple[Tuple[int, ...], Tables]] = None
+        self._maker = Maker(mace, self.tabulated)
         self._known: Optional[Tuple[Tensor, Atoms]] = None  # one attribute: threads share this module
-        self._known_levels: Optional[Tuple[Atoms, Levels]] = None
+        self._known_levels: Optional[Tuple[Atoms, Tensor, Tensor, Levels]] = None
         n_species = mace.embedding.shape[0]
         if self.fixed:
             if n_species > MOST_SPECIES:
@@ -69,11 +69,10 @@ class KernelMACE(Potential):
                     f"{self.spec.name!r} knows {n_species} elements, and this form holds at most {MOST_SPECIES}; "
                     "name those of your system with species"
                 )
-            self.made = self._make(torch.arange(n_species))
-            self._tables = None  # a file would hold them twice
+            self._made_for(torch.arange(n_species))
         elif self.tabulated:
             # Where elements matter, tables are made for those at hand; these two stand for the error.
-            self._tables_for((0, n_species - 1))
+            self._report(self._maker.tables((0, n_species - 1)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "KernelMACE":
         """A change of dtype makes tables and blocks anew; another device has no such kernels.
@@ -137,7 +136,7 @@ class KernelMACE(Potential):
             with torch.no_grad():
                 out = self._evaluate(
                     numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, False
-                )
+                )[0]
         return out
 
     def local_with_gradient(
@@ -153,8 +152,28 @@ class KernelMACE(Potential):
     ) -> Dict[str, Tensor]:
         """See `Potential.local_with_gradient`."""
         with torch.no_grad():
-            out = self._evaluate(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, True)
+            out, tape = self._evaluate(
+                numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, True
+            )
+            out["pair_gradient"] = self._pull(tape, vectors, torch.jit.annotate(Dict[str, Tensor], {}), False)
         return out
+
+    @torch.jit.unused
+    def local_with_pull(self, *arguments: Any) -> Tuple[Any, Any]:
+        """`local`, and the function from cotangents of its outputs to that of the vectors (E, 3), called at will."""
+        evaluate: Any = self._evaluate
+        with torch.no_grad():
+            result, tape = evaluate(*arguments, True)
+
+        def pull(cotangents: Dict[str, Tensor]) -> Tensor:
+            with torch.no_grad():
+                return self._pull(tape, arguments[2], cotangents, True)
+
+        return result, pull
+
+    def _pull(self, tape: Tape, vectors: Tensor, cotangents: Dict[str, Tensor], keep: bool) -> Tensor:
+        """(E, 3) cotangent of the vectors; without any given, the gradient of the sum of atom energies."""
+        return torch.zeros_like(vectors).index_copy_(0, tape.origin, self._adjoint(tape, cotangents, keep))
 
     def _evaluate(
         self,
@@ -167,7 +186,7 @@ class KernelMACE(Potential):
         total_spin: Tensor,
         head: Tensor,
         gradient: bool,
-    ) -> Dict[str, Tensor]:
+    ) -> Tuple[Dict[str, Tensor], Tape]:
         mace = self.definition
         atoms = self._atoms(numbers, n_owned)
         made = self._made(atoms)
@@ -195,71 +214,77 @@ class KernelMACE(Potential):
             if mace.reads_state:
                 outside = mace.state_readout(start[:n_owned], atom_head)
         energy = scalars.repulsion if mace.has_repulsion else torch.zeros_like(scale)
-        features = [start[:n_owned].unsqueeze(0)]
-        passed = Passed(features, [], [], [], [], [])
+        tape = Tape(
+            [start[:n_owned].unsqueeze(0)], [], [], [], [], made.weights, [], graph, atoms, scalars, scale, vec, origin
+        )
+        features, tables = tape.features, made.tables
         for t, (layer, readout) in enumerate(zip(self.layers, mace.readouts)):  # noqa: B905
-            tables, weights = made.tables, made.weights[t]
+            weights = made.weights[t]
             radial = LayerRadial(
                 tables.layers[t].table, scalars.columns[t], weights.radial, tables.step, tables.per_kind
             )
-            out, tape = start[:0], torch.jit.annotate(List[Tensor], [])
+            sent, exchanged = start[:0], torch.jit.annotate(List[Tensor], [])
             if layer.first_layer:  # no exchange: ghosts know their own species
                 if not layer.by_species:
-                    out = layer.send(start.unsqueeze(0), weights)
+                    sent = layer.send(start.unsqueeze(0), weights)
             else:
-                out = layer.send(features[t], weights)
+                sent = layer.send(features[t], weights)
                 if atoms.place.shape[0] > n_owned:
-                    out, tape = self._over_borders(out, atoms)
-            new, kept = layer(features[t], out, weights, radial, graph, atoms, scalars.densities[t])
+                    sent, exchanged = self._over_borders(sent, atoms)
+            new, saved = layer(features[t], sent, weights, radial, graph, atoms, scalars.densities[t])
             read, slope = readout.with_slope(new[0], atom_head, scale)
             energy = energy + read
             features.append(new)
             if gradient:
-                passed.sent.append(out)
-                passed.tapes.append(tape)
-                passed.radial.append(radial)
-                passed.kept.append(kept)
-                passed.slopes.append(slope)
+                tape.sent.append(sent)
+                tape.exchanged.append(exchanged)
+                tape.saved.append(saved)
+                tape.slopes.append(slope)
+                tape.radial.append(radial)
         energy = torch.addcmul(levels.shift, scale, energy) + outside
         place = atoms.place[:n_owned].long()
         result = {
             "atom_energy": energy[place],
             "features": torch.cat([f[0] for f in features[1:]], dim=1)[place],
         }
-        if gradient:
-            grad = self._adjoint(passed, made, graph, atoms, scalars, scale, vec)
-            result["pair_gradient"] = torch.zeros_like(vectors).index_copy_(0, origin, grad)
-        return result
+        return result, tape
 
-    def _adjoint(
-        self,
-        passed: Passed,
-        made: Made,
-        graph: Graph,
-        atoms: Atoms,
-        scalars: PairScalars,
-        scale: Tensor,
-        vec: Tensor,
-    ) -> Tensor:
-        """(P, 3) dE/d(vectors)."""
+    def _adjoint(self, tape: Tape, cotangents: Dict[str, Tensor], keep: bool) -> Tensor:
+        """(P, 3) cotangent of the vectors.
+
+        Args:
+            cotangents: of "atom_energy" and "features"; none at all: ones for the energies.
+            keep: the tape is needed again.
+        """
+        graph, atoms, scalars = tape.graph, tape.atoms, tape.scalars
+        scale, slopes = tape.scale, tape.slopes
+        if len(cotangents) > 0:  # by atom, in sorted order
+            weight = torch.zeros_like(scale)
+            if "atom_energy" in cotangents:
+                weight = cotangents["atom_energy"][atoms.order]
+            scale, slopes = weight * scale, [weight.unsqueeze(1) * slope for slope in slopes]
+            if "features" in cotangents:
+                parts = cotangents["features"][atoms.order].chunk(len(slopes), dim=1)
+                slopes = [slope + parts[t] for t, slope in enumerate(slopes)]
         along_r = torch.zeros_like(graph.r)
         if self.definition.has_repulsion:
             along_r = scale[graph.receiver] * scalars.repulsion_slope
         along_harmonics = torch.zeros_like(graph.harmonics)
-        grad = torch.zeros_like(passed.features[-1])
-        for t in range(len(passed.slopes) - 1, -1, -1):
+        grad = torch.zeros_like(tape.features[-1])
+        for t in range(len(slopes) - 1, -1, -1):
             for k, layer in enumerate(self.layers):  # TorchScript picks no module by a number
                 if k == t:
-                    grad[0] += passed.slopes[t]
-                    weights, sent = made.weights[t], passed.sent[t]
+                    grad[0] += slopes[t]
+                    weights = tape.weights[t]
+                    saved = tape.saved[t] if keep else tape.saved.pop()
                     back = layer.backward(
-                        grad, passed.kept.pop(), passed.features[t], sent, weights, passed.radial[t], graph, atoms
+                        grad, saved, tape.features[t], tape.sent[t], weights, tape.radial[t], graph, atoms
                     )
                     grad = back.features
                     if not layer.first_layer:
                         grad_sent = back.sent
-                        if len(passed.tapes[t]) > 0:
-                            grad_sent = self._back_over_borders(grad_sent, passed.tapes[t], atoms)
+                        if len(tape.exchanged[t]) > 0:
+                            grad_sent = self._back_over_borders(grad_sent, tape.exchanged[t], atoms)
                         grad = layer.send_back(grad_sent, weights, grad)
                     along_harmonics += back.harmonics
                     if self.tabulated:
@@ -270,7 +295,7 @@ class KernelMACE(Potential):
                         along_r += back.rho[graph.receiver] * scalars.density_slopes[t]
         harmonics = self.definition.harmonics
         return ops.harmonics_backward(
-            vec, graph.r, self.left, self.right, harmonics.table, harmonics.l_max, along_harmonics, along_r
+            tape.vec, graph.r, self.left, self.right, harmonics.table, harmonics.l_max, along_harmonics, along_r
         )
 
     # --- parts -------------------------------------------------------------------------------------------------------
@@ -315,19 +340,18 @@ class KernelMACE(Potential):
     def _new_levels(self, atoms: Atoms, system_index: Tensor, head: Tensor) -> Levels:
         mace = self.definition
         atom_head = head[system_index[atoms.order]]
-        scale, shift, embedding = mace.scale[atom_head], mace.shift[atom_head], mace.embedding[atoms.species]
-        return Levels(system_index.clone(), head.clone(), atom_head, scale, shift, embedding)
+        return Levels(atom_head, mace.scale[atom_head], mace.shift[atom_head], mace.embedding[atoms.species])
 
     @torch.jit.unused
     def _kept_levels(self, atoms: Atoms, system_index: Tensor, head: Tensor) -> Levels:
         """Kept while atoms, structures and levels of theory do not change."""
         known = self._known_levels
         if known is not None and known[0] is atoms:
-            levels = known[1]
-            if torch.equal(levels.system_index, system_index) and torch.equal(levels.head, head):
+            _, same_index, same_head, levels = known
+            if torch.equal(same_index, system_index) and torch.equal(same_head, head):
                 return levels
         levels = self._new_levels(atoms, system_index, head)
-        self._known_levels = (atoms, levels)
+        self._known_levels = (atoms, system_index.clone(), head.clone(), levels)
         return levels
 
     def _made(self, atoms: Atoms) -> Made:
@@ -343,36 +367,15 @@ class KernelMACE(Potential):
         """Made once for the elements at hand."""
         made = self.made
         if made is None or not torch.equal(made.present, present):
-            made = self.made = self._make(present)
+            made = self.made = self._maker.make(present)
+            self._report(made.tables)
         return made
 
     @torch.jit.unused
-    def _make(self, present: Tensor) -> Made:
-        mace = self.definition
-        layers: Any = mace.layers
-        tables = self._tables_for(tuple(present.tolist())) if self.tabulated else no_tables(mace)
-        weights = []
-        for t, layer in enumerate(layers):
-            radial_weight = tables.layers[t].weight if self.tabulated else layer.messenger.radial_weight
-            weights.append(make_weights(mace, t, radial_weight, self.tabulated, present))
-        return Made(present, tables, weights)
-
-    @torch.jit.unused
-    def _tables_for(self, present: Tuple[int, ...]) -> Tables:
-        key = present if self.pair_functions.kinds_matter else ()
-        known = self._tables
-        if known is not None and known[0] == key:
-            return known[1]
-        made = make_tables(self.definition, present)
-        self._tables = (key, made)
-        self.table_error = made.slope_error
-        self.table_report = {
-            "radial": "quintic splines",
-            "slope_error": made.slope_error,
-            "value_error": made.value_error,
-            "knots": made.per_kind - 1,
-        }
-        return made
+    def _report(self, tables: Tables) -> None:
+        """What tables are good for, said to those who ask."""
+        if self.tabulated:
+            self.table_error, self.table_report = tables.slope_error, report(tables)
 
     @torch.jit.unused
     def _over_borders(self, own: Tensor, atoms: Atoms) -> Tuple[Tensor, List[Tensor]]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mdplug.potentials.blocks.activations import activate_slope
 from mdplug.potentials.blocks.convolution import per_irrep, split_irreps
+from mdplug.potentials.blocks.radial_nets import silu_slope
 
 
 class Gated(NamedTuple):
@@ -74,7 +74,7 @@ class Gates(nn.Module):
     def backward(self, grad: Tensor, kept: Gated, own: Tensor) -> Tuple[List[Tensor], Tensor, Tensor]:
         """Cotangents of the messages, for each l, of `own` and of the density."""
         d_opened = split_irreps(per_irrep(grad, self.mixer.transpose(1, 2)), 0)
-        d_features = [d_opened[0] * activate_slope(kept.features[0], "silu")]
+        d_features = [silu_slope(kept.features[0], d_opened[0])]
         d_gates: List[Tensor] = []
         for ell in range(1, self.l_max + 1):
             gate = torch.sigmoid(kept.gates.narrow(1, (ell - 1) * self.channels, self.channels))

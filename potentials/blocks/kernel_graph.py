@@ -14,7 +14,8 @@ class Atoms(NamedTuple):
 
     Attributes:
         n: owned atoms. order: (n,) sorted place -> atom. place: (N,) int32 atom -> sorted place, ghosts as they are.
-        species: (N,) int64, in sorted order; species32: the same. kind: (N,) int32, place of the species in `present`.
+        species: (N,) int64, in sorted order. kind: (N,) int32, place of the species in `present`.
+        own_species32, own_kind: (n,) int32 of the owned atoms.
         present: (S',) int64 species that have matrices; all that occur are among them.
     """
 
@@ -22,8 +23,9 @@ class Atoms(NamedTuple):
     order: Tensor
     place: Tensor
     species: Tensor
-    species32: Tensor
     kind: Tensor
+    own_species32: Tensor
+    own_kind: Tensor
     present: Tensor
 
 
@@ -31,12 +33,10 @@ class Levels(NamedTuple):
     """What atoms have of their structure's level of theory; does not change while nothing but positions does.
 
     Attributes:
-        system_index, head: as they were given. atom_head: (n,) int64, sorted. scale, shift: (n,) of the energies, eV.
+        atom_head: (n,) int64, sorted. scale, shift: (n,) of the energies, eV.
         embedding: (N, K) of the elements, sorted.
     """
 
-    system_index: Tensor
-    head: Tensor
     atom_head: Tensor
     scale: Tensor
     shift: Tensor
@@ -93,15 +93,16 @@ def sort_atoms(species: Tensor, n_owned: int, present: Optional[Tensor] = None) 
         present: see `Atoms`, in rising order; None: those that occur.
     """
     order = torch.argsort(species[:n_owned], stable=True)
-    place = torch.arange(species.shape[0], dtype=torch.int32)
-    place[order] = torch.arange(n_owned, dtype=torch.int32)
+    place = torch.arange(species.shape[0], dtype=torch.int32, device=species.device)
+    place[order] = torch.arange(n_owned, dtype=torch.int32, device=species.device)
     by_place = torch.cat([species[order], species[n_owned:]])
     if present is None:
         present = torch.unique(species)
         if present.shape[0] == 0:
-            present = torch.zeros(1, dtype=torch.int64)
+            present = torch.zeros(1, dtype=torch.int64, device=species.device)
     kind = torch.searchsorted(present, by_place, out_int32=True)
-    return Atoms(n_owned, order, place, by_place, by_place.to(torch.int32), kind, present)
+    own = by_place[:n_owned].to(torch.int32)
+    return Atoms(n_owned, order, place, by_place, kind, own, kind[:n_owned], present)
 
 
 def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:

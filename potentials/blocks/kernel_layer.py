@@ -9,6 +9,7 @@ from mdplug.potentials.blocks.contraction import sparse_polynomial
 from mdplug.potentials.blocks.interaction import GatedMessenger
 from mdplug.potentials.blocks.kernel_gates import Gated, Gates
 from mdplug.potentials.blocks.kernel_graph import Atoms, Cotangents, Graph, LayerRadial, coupling
+from mdplug.potentials.blocks.kernel_pairs import PairScalars
 from mdplug.potentials.blocks.kernel_weights import Weights
 from mdplug.potentials.blocks.knots import LANES, in_blocks, radial_values
 from mdplug.potentials.blocks.tables import FIRST_KNOT
@@ -17,7 +18,7 @@ ops: Any = torch.ops.mdplug
 AT_A_TIME = 2**24  # numbers of radial functions held at a time where they are not tabulated
 
 
-class Kept(NamedTuple):
+class Saved(NamedTuple):
     """What `KernelLayer.forward` keeps for its adjoint.
 
     Attributes:
@@ -30,20 +31,28 @@ class Kept(NamedTuple):
     gated: Optional[Gated]
 
 
-class Passed(NamedTuple):
-    """What the forward pass keeps for the adjoint, of each layer.
+class Tape(NamedTuple):
+    """What the adjoint needs of the forward pass; lists by layer.
 
     Attributes:
-        features: before it, and after the last. sent: what neighbours were sent. tapes: of the exchange, if any.
-        radial, kept: see `LayerRadial` and `Kept`. slopes: (n, K) d(energy)/d(scalars) of its readout.
+        features: before each layer, and after the last. sent: what neighbours see. exchanged: tapes of its exchange.
+        saved: by each layer. slopes: (n, K) of the energy along scalar features. weights, radial: as layers take them.
+        scale: (n,) eV. vec: (P, 3) A. origin: (P,) places of the pairs among those that were given.
     """
 
     features: List[Tensor]
     sent: List[Tensor]
-    tapes: List[List[Tensor]]
-    radial: List[LayerRadial]
-    kept: List[Kept]
+    exchanged: List[List[Tensor]]
+    saved: List[Saved]
     slopes: List[Tensor]
+    weights: List[Weights]
+    radial: List[LayerRadial]
+    graph: Graph
+    atoms: Atoms
+    scalars: PairScalars
+    scale: Tensor
+    vec: Tensor
+    origin: Tensor
 
 
 class KernelLayer(nn.Module):
@@ -96,17 +105,16 @@ class KernelLayer(nn.Module):
 
     def _kinds(self, atoms: Atoms) -> Tensor:
         """(n,) coefficients of each atom, as the operator `polynomial` wants them."""
-        species = atoms.species32.narrow(0, 0, atoms.n)
-        return torch.zeros_like(species) if self.agnostic else species
+        return torch.zeros_like(atoms.own_species32) if self.agnostic else atoms.own_species32
 
     def _product_kinds(self, atoms: Atoms) -> Tensor:
-        return self.no_group if self.agnostic else atoms.species32.narrow(0, 0, atoms.n)
+        return self.no_group if self.agnostic else atoms.own_species32
 
     def _receivers(self, atoms: Atoms) -> Tensor:
-        return atoms.kind.narrow(0, 0, atoms.n) if self.by_receiver else self.no_group
+        return atoms.own_kind if self.by_receiver else self.no_group
 
     def _skip_group(self, atoms: Atoms) -> Tensor:
-        return atoms.kind.narrow(0, 0, atoms.n) if self.skip_by_species else self.no_group
+        return atoms.own_kind if self.skip_by_species else self.no_group
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -127,7 +135,7 @@ class KernelLayer(nn.Module):
         graph: Graph,
         atoms: Atoms,
         rho: Tensor,
-    ) -> Tuple[Tensor, Kept]:
+    ) -> Tuple[Tensor, Saved]:
         """New features ((l_out+1)^2, n, K), and what `backward` needs.
 
         Args:
@@ -151,7 +159,7 @@ class KernelLayer(nn.Module):
             )  # fmt: skip
         if self.has_skip:
             out = ops.linear(features, weights.skip, self._skip_group(atoms), out, out.shape[0], self.channels)
-        return out, Kept(mixed, norm, gated)
+        return out, Saved(mixed, norm, gated)
 
     def messages(self, sent: Tensor, radial: LayerRadial, graph: Graph, atoms: Atoms) -> Tensor:
         """Sums over neighbours: for each l, (2l+1, n, rows), one after another, flat."""
@@ -165,25 +173,25 @@ class KernelLayer(nn.Module):
         if radial.table.numel() > 0:
             return self._convolve(sent, radial, radial.columns, graph, 0, n)
         pieces = torch.jit.annotate(List[List[Tensor]], [])
-        for a, b in self._chunks(graph.first, 0, n):
-            values = radial_values(radial.columns[int(graph.first[a]) : int(graph.first[b])], radial.weight)
+        for a, b, start, stop in self._chunks(graph, n):
+            values = radial_values(radial.columns[start:stop], radial.weight)
             pieces.append(self._split(self._convolve(sent, radial, values, graph, a, b), b - a))
         whole: List[Tensor] = []
         for ell in range(self.l_max + 1):
             whole.append(torch.cat([piece[ell] for piece in pieces], dim=1).flatten())
         return torch.cat(whole)
 
-    def _chunks(self, first: Tensor, begin: int, end: int) -> List[Tuple[int, int]]:
-        """Ranges of atoms with at most AT_A_TIME radial functions of their pairs."""
-        if end == begin:
-            return [(begin, end)]
+    def _chunks(self, graph: Graph, n: int) -> List[Tuple[int, int, int, int]]:
+        """Ranges of the n atoms, and of their pairs, with at most AT_A_TIME radial functions."""
         most = max(self.at_a_time // (self.n_paths * self.edge_channels), 1)
-        marks: List[int] = first[begin : end + 1].long().tolist()
-        out = torch.jit.annotate(List[Tuple[int, int]], [])
+        if n == 0 or graph.r.shape[0] <= most:
+            return [(0, n, 0, graph.r.shape[0])]
+        marks: List[int] = graph.first.long().tolist()
+        out = torch.jit.annotate(List[Tuple[int, int, int, int]], [])
         a = 0
-        for b in range(1, len(marks)):
-            if b == len(marks) - 1 or marks[b + 1] - marks[a] > most:
-                out.append((begin + a, begin + b))
+        for b in range(1, n + 1):
+            if b == n or marks[b + 1] - marks[a] > most:
+                out.append((a, b, marks[a], marks[b]))
                 a = b
         return out
 
@@ -210,7 +218,7 @@ class KernelLayer(nn.Module):
     def backward(
         self,
         grad: Tensor,
-        kept: Kept,
+        saved: Saved,
         features: Tensor,
         sent: Tensor,
         weights: Weights,
@@ -224,15 +232,15 @@ class KernelLayer(nn.Module):
         if self.gated:
             d_product = ops.linear(grad, weights.mix_back, self.no_group, grad[:0], grad.shape[0], self.channels)
             d_mixed = ops.polynomial_backward(
-                kept.mixed, self.coefficients, self._kinds(atoms), self.nodes, self.term, self.starts, d_product
+                saved.mixed, self.coefficients, self._kinds(atoms), self.nodes, self.term, self.starts, d_product
             )
-            gated = kept.gated
+            gated = saved.gated
             assert gated is not None
             d_parts, d_own, d_rho = self.gates.backward(d_mixed, gated, sent[:, :n])
             d_messages = torch.cat([part.flatten() for part in d_parts])
         else:
             d_messages, d_rho = ops.product_backward(
-                grad, kept.mixed, weights.linear_back, weights.rows, self._receivers(atoms), kept.norm,
+                grad, saved.mixed, weights.linear_back, weights.rows, self._receivers(atoms), saved.norm,
                 self.coefficients, self._product_kinds(atoms), self.nodes, self.term, self.starts, weights.mix_back,
                 n, self.channels, self.channels,
             )  # fmt: skip
@@ -259,17 +267,17 @@ class KernelLayer(nn.Module):
     ) -> Tuple[Tensor, Tensor, Tensor]:
         """Cotangents of `sent`, harmonics and radial functions from that of the messages."""
         tabulated = radial.table.numel() > 0
-        chunks = [(0, n)] if tabulated else self._chunks(graph.first, 0, n)
+        chunks = [(0, n, 0, graph.r.shape[0])] if tabulated else self._chunks(graph, n)
         parts = self._split(grad, n)
         d_sent: List[Tensor] = []
         d_harmonics: List[Tensor] = []
         d_radial: List[Tensor] = []
-        for a, b in chunks:
+        for a, b, start, stop in chunks:
             flat, values = grad, radial.columns
             if len(chunks) > 1:
                 flat = torch.cat([part[:, a:b].flatten() for part in parts])
             if not tabulated:
-                values = radial_values(radial.columns[int(graph.first[a]) : int(graph.first[b])], radial.weight)
+                values = radial_values(radial.columns[start:stop], radial.weight)
             of_sent, of_harmonics, of_radial = ops.convolution_backward(
                 sent, graph.harmonics, radial.table, values, graph.r, graph.table_kind, graph.sender, graph.first,
                 self.path_table, self.coupling, self.coefficient, a, b, self.first_knot, radial.step, radial.per_kind,

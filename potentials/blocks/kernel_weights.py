@@ -1,12 +1,20 @@
 """What the kernels need of the weights of a MACE, for some elements: matrices in their order, and radial tables."""
 
-from typing import Any, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from mdplug.potentials.blocks.interaction import GatedMessenger
-from mdplug.potentials.blocks.knots import LANES, Columns, LayerTable, Tables, in_blocks
+from mdplug.potentials.blocks.knots import (
+    LANES,
+    Columns,
+    LayerTable,
+    Tables,
+    depends_on_species,
+    in_blocks,
+    make_tables,
+)
 
 
 class Weights(NamedTuple):
@@ -41,6 +49,37 @@ class Made(NamedTuple):
     present: Tensor
     tables: Tables
     weights: List[Weights]
+
+
+class Maker:
+    """Makes what is wanted of a MACE, and keeps the tables: where elements do not matter, they serve any.
+
+    Args:
+        mace: the definition. tabulated: radial functions come from tables.
+    """
+
+    def __init__(self, mace: Any, tabulated: bool):
+        self.mace, self.tabulated = mace, tabulated
+        self.kinds_matter = depends_on_species(mace.radial)
+        self._known: Optional[Tuple[Tuple[int, ...], Tables]] = None
+
+    def tables(self, present: Tuple[int, ...]) -> Tables:
+        """Of the elements at hand."""
+        key = present if self.kinds_matter else ()
+        known = self._known
+        if known is None or known[0] != key:
+            known = (key, make_tables(self.mace, present) if self.tabulated else no_tables(self.mace))
+            self._known = known
+        return known[1]
+
+    def make(self, present: Tensor) -> Made:
+        """All that evaluations need, for elements (S',) int64."""
+        tables = self.tables(tuple(present.tolist()))
+        weights = []
+        for t, layer in enumerate(self.mace.layers):
+            radial_weight = tables.layers[t].weight if self.tabulated else layer.messenger.radial_weight
+            weights.append(make_weights(self.mace, t, radial_weight, self.tabulated, present))
+        return Made(present, tables, weights)
 
 
 def make_weights(mace: Any, t: int, radial_weight: Tensor, tabulated: bool, present: Tensor) -> Weights:
@@ -85,6 +124,16 @@ def no_tables(mace: Any) -> Tables:
     """Where radial functions are exact."""
     none = mace.embedding.new_zeros(0)
     return Tables([LayerTable(none, none)] * len(mace.layers), none, 1.0, 2, Columns(none, 1.0, 1), 0.0, 0.0)
+
+
+def report(tables: Tables) -> Dict[str, Any]:
+    """What tables are good for."""
+    return {
+        "radial": "quintic splines",
+        "slope_error": tables.slope_error,
+        "value_error": tables.value_error,
+        "knots": tables.per_kind - 1,
+    }
 
 
 def packed(matrices: Tensor) -> Tensor:

@@ -16,4 +16,4 @@ def pull_back(
     """
     with torch.enable_grad():
         products: List[Tensor] = [(out * cotangent).sum() for out, cotangent in zip(outputs, cotangents, strict=True)]
-        return torch.autograd.grad(products, inputs, create_graph=create_graph)
+        return torch.autograd.grad(products, inputs, retain_graph=True, create_graph=create_graph)

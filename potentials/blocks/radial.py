@@ -267,11 +267,13 @@ class Radial(nn.Module):
         if self.apply_cutoff:
             d_basis = d_basis * envelope + basis * d_envelope
             basis = basis * envelope
-            envelope, d_envelope = torch.ones_like(envelope), torch.zeros_like(envelope)
         columns: List[Tensor] = []
         slopes: List[Tensor] = []
         for net in self.nets:
-            values, derivatives = net.with_slope(basis, d_basis, receiver, sender, envelope, d_envelope)
+            values, derivatives = net.with_slope(basis, d_basis, receiver, sender)
+            if not self.apply_cutoff:
+                derivatives = derivatives * envelope + values * d_envelope
+                values = values * envelope
             columns.append(values)
             slopes.append(derivatives)
         return columns, slopes
