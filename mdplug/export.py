@@ -179,6 +179,7 @@ def export(
     *,
     dtype: str | None = None,
     radial: str | None = None,
+    species: Sequence[int] | None = None,
 ) -> Path:
     """Write a potential as TorchScript; `mdplug.load` reads it, and so does torch alone.
 
@@ -189,16 +190,20 @@ def export(
             faster on the CPU.
         dtype: "float32" or "float64"; None: as trained.
         radial: "exact" or "tables"; None: exact in float64, tables in float32 (where an architecture has them).
+        species: atomic numbers that the file is for, of those the potential knows; None: all of them.
 
     Raises:
         InputError: an unknown target or one that this version does not write; a file that is an export already;
-            dtype or radial for a potential in memory; no native operators, or none for this potential.
+            dtype or radial for a potential in memory; no native operators, or none for this potential; elements that
+            it does not know, or too many for a native file.
     """
     if target not in TARGETS:
         raise InputError(f"unknown export target {target!r}; choose one of: {', '.join(TARGETS)}")
     if target == "lammps":
         raise InputError(f"export target {target!r} is not in this version of mdplug; use portable")
     given = _loaded(potential, dtype, radial)
+    if species is not None:
+        given = given.for_species(species)
     return save_torchscript(native(given) if target == "native" else portable(given), out)
 
 

@@ -4,11 +4,12 @@ An architecture writes `local` (and, if long-ranged, `far`); differentiation is 
 (mdplug/deployed.py). Everything here compiles in TorchScript.
 """
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mdplug.errors import InputError
 from mdplug.exchange import exchange
 from mdplug.spec import Spec
 
@@ -152,6 +153,17 @@ class Potential(Model):
     def without_kernels(self) -> "Potential":
         """The form in plain torch operators, which compiles: itself, unless `with_kernels` made it."""
         return self
+
+    def for_species(self, species: Sequence[int]) -> "Potential":
+        """A copy that knows some of the elements, where an architecture can be made smaller so.
+
+        Args:
+            species: atomic numbers.
+
+        Raises:
+            InputError: an architecture that cannot, or an element that it does not know.
+        """
+        raise InputError(f"{self.spec.name!r} cannot be made for fewer elements; leave species out")
 
     def native(self) -> "Potential":
         """The form of `with_kernels` that compiles, for files: itself, where it has no operators of its own.

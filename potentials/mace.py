@@ -8,7 +8,7 @@ normalisation inside the weights. Public upstream checkpoints convert into it ex
 import copy
 import dataclasses
 import math
-from typing import Any, Dict, Final, List, Tuple
+from typing import Any, Dict, Final, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -327,6 +327,13 @@ class MACE(Potential):
         from mdplug.potentials.mace_kernels import KernelMACE
 
         return KernelMACE(self, tables)
+
+    @torch.jit.unused
+    def for_species(self, species: Sequence[int]) -> Potential:
+        """See `Potential.for_species`."""
+        from mdplug.potentials.narrow import narrowed
+
+        return narrowed(self.with_exact_radial(), species)
 
     @torch.jit.unused
     def with_exact_radial(self) -> "MACE":

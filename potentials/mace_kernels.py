@@ -5,7 +5,7 @@ a matrix product on a block of rows; pairs are sorted by receiver. The fixed for
 """
 
 import copy
-from typing import Any, Dict, Final, List, Optional, Tuple
+from typing import Any, Dict, Final, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from mdplug.potential import Potential
 from mdplug.potentials.blocks.kernel_graph import Atoms, Graph, LayerRadial, Levels, sort_atoms
 from mdplug.potentials.blocks.kernel_layer import KernelLayer, Tape
 from mdplug.potentials.blocks.kernel_pairs import PairFunctions
-from mdplug.potentials.blocks.kernel_weights import Made, Maker, report
-from mdplug.potentials.blocks.knots import Tables
+from mdplug.potentials.blocks.kernel_weights import Made, Maker, no_tables, report
 from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.mace import MACE
+from mdplug.potentials.narrow import narrowed
 
 ops: Any = torch.ops.mdplug
 MOST_SPECIES = 10  # whose matrices and tables a file holds
@@ -56,8 +56,7 @@ class KernelMACE(Potential):
         mace = self.definition
         self.layers: Any = nn.ModuleList([KernelLayer(mace, t) for t in range(len(mace.layers))])
         self.pair_functions = PairFunctions(mace, self.tabulated)
-        self.table_error = 0.0
-        self.table_report: Dict[str, Any] = {}
+        self.table_error, self.table_report = 0.0, report(no_tables(mace))
         self.made = None
         self._maker = Maker(mace, self.tabulated)
         self._known: Optional[Tuple[Tensor, Atoms]] = None  # one attribute: threads share this module
@@ -66,13 +65,14 @@ class KernelMACE(Potential):
         if self.fixed:
             if n_species > MOST_SPECIES:
                 raise InputError(
-                    f"{self.spec.name!r} knows {n_species} elements, and this form holds at most {MOST_SPECIES}; "
-                    "name those of your system with species"
+                    f"{self.spec.name!r} knows {n_species} elements, and a file on the native operators holds at most "
+                    f"{MOST_SPECIES}; name those of your system with --species"
                 )
             self._made_for(torch.arange(n_species))
         elif self.tabulated:
             # Where elements matter, tables are made for those at hand; these two stand for the error.
-            self._report(self._maker.tables((0, n_species - 1)))
+            tables = self._maker.tables(tuple(sorted({0, n_species - 1})))
+            self.table_error, self.table_report = tables.slope_error, report(tables)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "KernelMACE":
         """A change of dtype makes tables and blocks anew; another device has no such kernels.
@@ -112,7 +112,14 @@ class KernelMACE(Potential):
 
     def native(self) -> Potential:
         """See `Potential.native`."""
-        made = KernelMACE(self.definition, self.tabulated, fixed=True)
+        return self._like(self.definition, fixed=True)
+
+    def for_species(self, species: Sequence[int]) -> Potential:
+        """See `Potential.for_species`."""
+        return self._like(narrowed(self.definition, species), self.fixed)
+
+    def _like(self, definition: MACE, fixed: bool) -> Potential:
+        made = KernelMACE(definition, self.tabulated, fixed)
         made.head, made.origin = self.head, self.origin
         return made
 
@@ -368,14 +375,8 @@ class KernelMACE(Potential):
         made = self.made
         if made is None or not torch.equal(made.present, present):
             made = self.made = self._maker.make(present)
-            self._report(made.tables)
+            self.table_error, self.table_report = made.tables.slope_error, report(made.tables)
         return made
-
-    @torch.jit.unused
-    def _report(self, tables: Tables) -> None:
-        """What tables are good for, said to those who ask."""
-        if self.tabulated:
-            self.table_error, self.table_report = tables.slope_error, report(tables)
 
     @torch.jit.unused
     def _over_borders(self, own: Tensor, atoms: Atoms) -> Tuple[Tensor, List[Tensor]]:

@@ -127,7 +127,9 @@ def no_tables(mace: Any) -> Tables:
 
 
 def report(tables: Tables) -> Dict[str, Any]:
-    """What tables are good for."""
+    """What tables are good for; nothing where there are none."""
+    if tables.layers[0].table.numel() == 0:
+        return {}
     return {
         "radial": "quintic splines",
         "slope_error": tables.slope_error,
