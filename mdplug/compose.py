@@ -94,10 +94,6 @@ class _Composed(Potential):
         """See `Potential.without_kernels`."""
         return self._of([p.without_kernels() for p in self.parts])
 
-    def native(self) -> "_Composed":
-        """See `Potential.native`."""
-        return self._of([p.native() for p in self.parts])
-
     def with_exact_radial(self) -> "_Composed":
         """See `Potential.with_exact_radial`."""
         return self._of([p.with_exact_radial() for p in self.parts])
@@ -169,6 +165,10 @@ class Sum(_Composed):
         given = list(parts)
         return cls(_joint_spec("sum", cls, given, ("atom_energy",)), given)
 
+    def native(self) -> Potential:
+        """See `Potential.native`."""
+        return self._of([p.native() for p in self.parts])
+
     def local(
         self,
         numbers: Tensor,
@@ -210,6 +210,10 @@ class Ensemble(_Composed):
         """Compose; errors as for `Sum.of`."""
         given = list(members)
         return cls(_joint_spec("ensemble", cls, given, ("atom_energy", "member_atom_energy")), given)
+
+    def native(self) -> Potential:
+        """See `Potential.native`."""
+        return self._of([p.native() for p in self.parts])
 
     def local(
         self,

@@ -169,8 +169,10 @@ class Potential(Model):
         """The form of `with_kernels` that compiles, for files: itself, where it has no operators of its own.
 
         Raises:
-            InputError: it knows more elements than such a file holds.
+            InputError: its written adjoint does not compile, or it knows more elements than such a file holds.
         """
+        if self.has_written_adjoint:
+            raise InputError(f"{self.spec.name!r} has no form on the native operators; use --for portable")
         return self
 
     def with_exact_radial(self) -> "Potential":
