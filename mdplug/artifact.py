@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from mdplug import kernels
 from mdplug.errors import InputError, ModelFileError
 from mdplug.potential import Model, Potential
 from mdplug.registry import architecture, resolve
 from mdplug.spec import Spec
 
 SPEC_KEY = "mdplug.spec"  # metadata key (safetensors) and extra file (TorchScript)
+TARGET_KEY = "mdplug.target"  # extra file (TorchScript): what `export` made it for; absent in the first: portable
 
 
 @contextmanager
@@ -35,11 +37,12 @@ class Exported(Model):
 
     Attributes:
         script: the compiled module.
+        target: what `export` made it for, "portable" or "native".
     """
 
-    def __init__(self, script: torch.jit.ScriptModule, spec: Spec):
+    def __init__(self, script: torch.jit.ScriptModule, spec: Spec, target: str):
         super().__init__(spec)
-        self.script = script
+        self.script, self.target = script, target
 
     def forward(self, *arguments: Any) -> dict[str, torch.Tensor]:
         """As `Deployed.forward`."""
@@ -83,7 +86,7 @@ def load(
 
     Raises:
         InputError: no such model, head or dtype.
-        ModelFileError: truncated, foreign, or of a newer contract.
+        ModelFileError: truncated, foreign, of a newer contract, or made for native operators that are not here.
     """
     path = resolve(model)
     if dtype not in (None, "float32", "float64"):
@@ -100,7 +103,7 @@ def load(
         raise ModelFileError(f"{path} is not a file; give a model file")
     origin = {"path": str(path.resolve()), "device": str(target), "dtype": dtype, "head": head, "radial": radial}
     if zipfile.is_zipfile(path):
-        exported = _load_torchscript(path)
+        exported = _load_torchscript(path, target)
         _choose_head(exported, head, path)
         if radial is not None or (dtype is not None and dtype != exported.spec.dtype):
             raise InputError(
@@ -137,7 +140,7 @@ def read_spec(model: str | Path) -> Spec:
     """The Spec of a model file, without loading its weights."""
     path = resolve(model)
     if zipfile.is_zipfile(path):
-        return _torchscript_spec(path)
+        return _torchscript_spec(path)[0]
     return _safetensors_spec(path)
 
 
@@ -187,33 +190,43 @@ def _load_safetensors(path: Path) -> Potential:
     return potential
 
 
-def _torchscript_spec(path: Path) -> Spec:
+def _torchscript_spec(path: Path) -> tuple[Spec, str]:
+    """The Spec, and the target it was exported for."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            inside = [n for n in names if n.endswith("/extra/" + SPEC_KEY)]
-            if not inside:
-                kind = "TorchScript of another program" if any("/code/" in n for n in names) else "a torch checkpoint"
+            extra = {n.rpartition("/extra/")[2]: n for n in archive.namelist() if "/extra/" in n}
+            if SPEC_KEY not in extra:
+                code = any("/code/" in n for n in archive.namelist())
+                kind = "TorchScript of another program" if code else "a torch checkpoint"
                 raise ModelFileError(f"{path} is {kind}, not an mdplug model; {_mend(path)}")
-            return Spec.from_json(archive.read(inside[0]).decode(), str(path))
+            target = archive.read(extra[TARGET_KEY]).decode() if TARGET_KEY in extra else "portable"
+            return Spec.from_json(archive.read(extra[SPEC_KEY]).decode(), str(path)), target
     except (zipfile.BadZipFile, EOFError, KeyError, OSError, UnicodeDecodeError) as error:
         raise ModelFileError(f"{path} is truncated or damaged ({error}); get the file again") from error
 
 
-def _load_torchscript(path: Path) -> Exported:
-    spec = _torchscript_spec(path)
+def _load_torchscript(path: Path, device: torch.device) -> Exported:
+    spec, target = _torchscript_spec(path)
+    if target == "native":
+        portable = "use a file of: mdplug export --for portable"
+        if device.type != "cpu":
+            raise InputError(f"{path} was exported for the native operators, which run on the CPU alone; {portable}")
+        reason = kernels.load()
+        if reason:
+            raise ModelFileError(f"{path} needs mdplug's native operators ({reason}); {portable}")
     try:
         with quiet_torchscript():
             script = torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:
         raise ModelFileError(f"{path} does not load ({str(error).splitlines()[0]}); export it again") from error
-    return Exported(script, spec)
+    return Exported(script, spec, target)
 
 
-def save_torchscript(script: torch.jit.ScriptModule, spec: Spec, path: str | Path) -> Path:
-    """Write a compiled module with its Spec, atomically; what `export` builds goes through here."""
-    target = Path(path)
-    temporary = target.with_name(target.name + ".part")
+def save_torchscript(exported: Exported, path: str | Path) -> Path:
+    """Write what `export` builds, with its Spec, atomically."""
+    file = Path(path)
+    temporary = file.with_name(file.name + ".part")
+    extra = {SPEC_KEY: exported.spec.to_json().encode(), TARGET_KEY: exported.target.encode()}
     with quiet_torchscript():
-        torch.jit.save(script, str(temporary), _extra_files={SPEC_KEY: spec.to_json().encode()})
-    return temporary.replace(target)
+        torch.jit.save(exported.script, str(temporary), _extra_files=extra)
+    return temporary.replace(file)

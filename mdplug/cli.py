@@ -48,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command("mdplug.workflows.doctor", "What works here, and why not."),
 }
 SHORT = {"output": "-o", "model": "-m"}
+SPELLED = {"target": "for"}  # a word that Python keeps for itself
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -161,7 +162,8 @@ def _parameter(key: str, field: Any, positional: str | None) -> inspect.Paramete
     if key == positional:
         default = typer.Argument(None, **extra)
     else:
-        names = [f"--{key}/--no_{key}" if kind is bool else f"--{key}"]
+        word = SPELLED.get(key, key)
+        names = [f"--{word}/--no_{word}" if kind is bool else f"--{word}"]
         default = typer.Option(None, *([SHORT[key]] if key in SHORT else []), *names, **extra)
     annotation: Any = list[kind] if many else kind  # type: ignore[valid-type]
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation | None)

@@ -117,24 +117,38 @@ class Composed(Potential):
             energies.append(out["atom_energy"])
         return torch.stack(energies)
 
-    @torch.jit.unused
-    def part_gradients(self, numbers: Tensor, pairs: Tensor, vectors: Tensor, *rest: Any) -> Tuple[Tensor, Tensor]:
-        """`part_energies`, and (E, 3) eV/A the gradient of their sum; arguments as there."""
+    def part_gradients(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Tuple[Tensor, Tensor]:
+        """`part_energies`, and (E, 3) eV/A the gradient of their sum."""
         energies: List[Tensor] = []
         total = torch.zeros_like(vectors)
+        grad_mode = torch.is_grad_enabled()
         for part in self.parts:
             keep = inside(part.cutoff, vectors)
             p, v = pairs[:, keep], vectors[keep]
             if part.has_written_adjoint:
-                out = part.local_with_gradient(numbers, p, v, *rest)
-                gradient = out["pair_gradient"]
+                out = part.local_with_gradient(numbers, p, v, n_owned, system_index, total_charge, total_spin, head)
+                total.index_add_(0, keep, out["pair_gradient"])
+                energies.append(out["atom_energy"])
             else:
-                with torch.enable_grad():
-                    out = part.local(numbers, p, v.requires_grad_(True), *rest)
-                    (gradient,) = torch.autograd.grad(out["atom_energy"].sum(), v, allow_unused=True)
-            energies.append(out["atom_energy"].detach())
-            if gradient is not None:
-                total.index_add_(0, keep, gradient)
+                torch.set_grad_enabled(True)
+                v.requires_grad_(True)
+                out = part.local(numbers, p, v, n_owned, system_index, total_charge, total_spin, head)
+                grads = torch.autograd.grad([out["atom_energy"].sum()], [v], allow_unused=True)
+                torch.set_grad_enabled(grad_mode)
+                gradient = grads[0]
+                if gradient is not None:
+                    total.index_add_(0, keep, gradient)
+                energies.append(out["atom_energy"].detach())
         return torch.stack(energies), total
 
     @torch.jit.unused
@@ -171,6 +185,10 @@ class Sum(Composed):
         given = list(parts)
         return cls(joint_spec("sum", cls, given, ("atom_energy",)), given)
 
+    def native(self) -> Potential:
+        """See `Potential.native`."""
+        return self._of([p.native() for p in self.parts])
+
     def local(
         self,
         numbers: Tensor,
@@ -186,10 +204,21 @@ class Sum(Composed):
         energies = self.part_energies(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
         return {"atom_energy": energies.sum(dim=0)}
 
-    @torch.jit.unused
-    def local_with_gradient(self, *arguments: Any) -> Dict[str, Tensor]:
+    def local_with_gradient(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
         """See `Potential.local_with_gradient`."""
-        energies, gradient = self.part_gradients(*arguments)
+        energies, gradient = self.part_gradients(
+            numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head
+        )
         return {"atom_energy": energies.sum(dim=0), "pair_gradient": gradient}
 
     @torch.jit.unused
@@ -212,6 +241,10 @@ class Ensemble(Composed):
         given = list(members)
         return cls(joint_spec("ensemble", cls, given, ("atom_energy", "member_atom_energy")), given)
 
+    def native(self) -> Potential:
+        """See `Potential.native`."""
+        return self._of([p.native() for p in self.parts])
+
     def local(
         self,
         numbers: Tensor,
@@ -227,12 +260,26 @@ class Ensemble(Composed):
         energies = self.part_energies(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
         return {"atom_energy": energies.mean(dim=0), "member_atom_energy": energies}
 
-    @torch.jit.unused
-    def local_with_gradient(self, *arguments: Any) -> Dict[str, Tensor]:
+    def local_with_gradient(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
         """See `Potential.local_with_gradient`."""
-        energies, gradient = self.part_gradients(*arguments)
-        mean = {"atom_energy": energies.mean(dim=0), "pair_gradient": gradient / len(energies)}
-        return {**mean, "member_atom_energy": energies}
+        energies, gradient = self.part_gradients(
+            numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head
+        )
+        return {
+            "atom_energy": energies.mean(dim=0),
+            "member_atom_energy": energies,
+            "pair_gradient": gradient / energies.shape[0],
+        }
 
     @torch.jit.unused
     def local_with_pull(self, *arguments: Any) -> Tuple[Dict[str, Tensor], Pull]:

@@ -117,7 +117,6 @@ class Deployed(Model):
         result["energy"] = energy if create_graph else energy.detach()
         return result
 
-    @torch.jit.unused
     def by_written_adjoint(
         self,
         r: Tensor,
@@ -135,7 +134,10 @@ class Deployed(Model):
         charge, spin = total_charge.to(dtype), total_spin.to(dtype)
         out = self.potential.local_with_gradient(numbers, pairs, r.to(dtype), n, system_index, charge, spin, head)
         gradient = out.pop("pair_gradient")
-        out.update(totals(r, gradient, pairs, out["atom_energy"], system_index, positions, cell))
+        if torch.jit.is_scripting():  # such a file needs the operators anyway
+            out.update(native_totals(r, gradient, pairs, out["atom_energy"], system_index, cell.shape[0]))
+        else:
+            out.update(totals(r, gradient, pairs, out["atom_energy"], system_index, positions, cell))
         return out
 
 
@@ -164,9 +166,7 @@ def totals(
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops the branch)
         if kernels.serves(r) and not pair_gradient.requires_grad:
-            of = (r, pair_gradient, pairs, atom_energy, system_index)
-            summed = torch.ops.mdplug.sum_pairs.default(*[one.contiguous() for one in of], cell.shape[0])
-            return {"energy": summed[0], "forces": summed[1], "virial": summed[2]}
+            return native_totals(r, pair_gradient, pairs, atom_energy, system_index, cell.shape[0])
     gradient = pair_gradient.to(torch.float64)
     force = torch.zeros_like(positions).index_add(0, pairs[0], gradient)
     force = force.index_add(0, pairs[1], -gradient)
@@ -177,6 +177,21 @@ def totals(
         virial = torch.zeros_like(cell).index_add(0, system_index[pairs[0]], outer)
     virial = -0.5 * (virial + virial.transpose(1, 2))
     return {"energy": energy_of(atom_energy, system_index, cell), "forces": force, "virial": virial}
+
+
+def native_totals(
+    r: Tensor, pair_gradient: Tensor, pairs: Tensor, atom_energy: Tensor, system_index: Tensor, systems: int
+) -> Dict[str, Tensor]:
+    """`totals` by the native operator."""
+    energy, forces, virial = torch.ops.mdplug.sum_pairs(
+        r.contiguous(),
+        pair_gradient.contiguous(),
+        pairs.contiguous(),
+        atom_energy.contiguous(),
+        system_index.contiguous(),
+        systems,
+    )
+    return {"energy": energy, "forces": forces, "virial": virial}
 
 
 def zeros_if_none(grad: Optional[Tensor], like: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ An architecture writes `local` (and, if long-ranged, `far`); differentiation is 
 (mdplug/deployed.py). Everything here compiles in TorchScript.
 """
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from mdplug.errors import InputError
 from mdplug.exchange import exchange
 from mdplug.spec import Spec
 
@@ -44,7 +45,7 @@ class Potential(Model):
         has_written_adjoint: `local_with_gradient` is there, and `Deployed` takes it instead of autograd.
     """
 
-    __constants__ = ["alone"]  # inherited, which Final annotations are not
+    __constants__ = ["alone", "has_written_adjoint"]  # inherited, which Final annotations are not
     has_written_adjoint = False
 
     def __init__(self, spec: Spec):
@@ -184,6 +185,27 @@ class Potential(Model):
 
     def without_kernels(self) -> "Potential":
         """The form in plain torch operators, which compiles: itself, unless `with_kernels` made it."""
+        return self
+
+    def for_species(self, species: Sequence[int]) -> "Potential":
+        """A copy that knows some of the elements, where an architecture can be made smaller so.
+
+        Args:
+            species: atomic numbers.
+
+        Raises:
+            InputError: an architecture that cannot, or an element that it does not know.
+        """
+        raise InputError(f"{self.spec.name!r} cannot be made for fewer elements; leave species out")
+
+    def native(self) -> "Potential":
+        """The form of `with_kernels` that compiles, for files: itself, where it has no operators of its own.
+
+        Raises:
+            InputError: its written adjoint does not compile, or it knows more elements than such a file holds.
+        """
+        if self.has_written_adjoint:
+            raise InputError(f"{self.spec.name!r} has no form on the native operators; use --for portable")
         return self
 
     def with_exact_radial(self) -> "Potential":

@@ -8,7 +8,7 @@ normalisation inside the weights. Public upstream checkpoints convert into it ex
 import copy
 import dataclasses
 import math
-from typing import Any, Dict, Final, List, Tuple
+from typing import Any, Dict, Final, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from mdplug.potentials.blocks import kernel_training
 from mdplug.potentials.blocks.convolution import build_graph, neighbour_sum
 from mdplug.potentials.blocks.harmonics import SphericalHarmonics
 from mdplug.potentials.blocks.interaction import KINDS, GatedMessenger, Layer, Messenger
-from mdplug.potentials.blocks.radial import PlainNet, Radial, Repulsion, SpeciesNet
+from mdplug.potentials.blocks.radial import Radial
+from mdplug.potentials.blocks.radial_nets import PlainNet, SpeciesNet
 from mdplug.potentials.blocks.readout import GatedReadout, LinearReadout, NoReadout, StateEmbedding
+from mdplug.potentials.blocks.repulsion import Repulsion
 from mdplug.potentials.blocks.tables import tabulate
 from mdplug.spec import Spec
 
@@ -325,6 +327,13 @@ class MACE(Potential):
         from mdplug.potentials.mace_kernels import KernelMACE
 
         return KernelMACE(self, tables)
+
+    @torch.jit.unused
+    def for_species(self, species: Sequence[int]) -> Potential:
+        """See `Potential.for_species`."""
+        from mdplug.potentials.narrow import narrowed
+
+        return narrowed(self.with_exact_radial(), species)
 
     @torch.jit.unused
     def with_exact_radial(self) -> "MACE":

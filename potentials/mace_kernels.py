@@ -1,33 +1,27 @@
 """MACE on the operators of mdplug.kernels, with its adjoint written out: energies and forces without a tape.
 
 The same function as `MACE` with the same weights. Atoms are sorted by element, so that everything that depends on it is
-a matrix product on a block of rows; pairs are sorted by receiver for the forward pass and by sender for the adjoint.
+a matrix product on a block of rows; pairs are sorted by receiver. The fixed form compiles in TorchScript.
 """
 
 import copy
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Final, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from mdplug.errors import InputError
 from mdplug.potential import Potential
-from mdplug.potentials.blocks.kernel_graph import (
-    Atoms,
-    Gradients,
-    Graph,
-    LayerRadial,
-    Levels,
-    PairScalars,
-    Tape,
-    sort_atoms,
-)
-from mdplug.potentials.blocks.kernel_layer import KernelLayer
-from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
+from mdplug.potentials.blocks.kernel_graph import Atoms, Graph, LayerRadial, Levels, sort_atoms
+from mdplug.potentials.blocks.kernel_layer import KernelLayer, Tape
+from mdplug.potentials.blocks.kernel_pairs import PairFunctions
+from mdplug.potentials.blocks.kernel_weights import Made, Maker, no_tables, report
 from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.mace import MACE
+from mdplug.potentials.narrow import narrowed
 
 ops: Any = torch.ops.mdplug
+MOST_SPECIES = 10  # whose matrices and tables a file holds
 
 
 class KernelMACE(Potential):
@@ -36,33 +30,49 @@ class KernelMACE(Potential):
     Args:
         mace: the definition, radial functions exact; it stays inside, for gradients of higher order.
         tables: radial functions as quintic splines; False: exact.
+        fixed: matrices and tables are made once, for all elements, and nothing is kept from step to step: the form that
+            compiles. Else they are made for the elements at hand.
+
+    Raises:
+        InputError: fixed, and too many elements.
     """
 
     has_written_adjoint = True
+    tabulated: Final[bool]
+    made: Optional[Made]
 
-    def __init__(self, mace: MACE, tables: bool):
+    def __init__(self, mace: MACE, tables: bool, fixed: bool = False):
         super().__init__(mace.spec)
         self.head = mace.head
         self.definition = copy.deepcopy(mace).requires_grad_(False).eval()
-        self.tabulated = tables
+        self.tabulated, self.fixed = tables, fixed
         left, right = self.definition.harmonics.products()
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
-        self._species_matter = depends_on_species(mace.radial)
         self._build()
 
     def _build(self) -> None:
         """Everything that is derived from the definition and its dtype."""
         mace = self.definition
         self.layers: Any = nn.ModuleList([KernelLayer(mace, t) for t in range(len(mace.layers))])
-        self.table_error = 0.0
-        self.table_report: Dict[str, Any] = {}
-        self._tables: Dict[Tuple[int, ...], Tables] = {}
+        self.pair_functions = PairFunctions(mace, self.tabulated)
+        self.table_error, self.table_report = 0.0, report(no_tables(mace))
+        self.made = None
+        self._maker = Maker(mace, self.tabulated)
         self._known: Optional[Tuple[Tensor, Atoms]] = None  # one attribute: threads share this module
-        self._known_levels: Optional[Tuple[Atoms, Levels]] = None
-        if self.tabulated:
+        self._known_levels: Optional[Tuple[Atoms, Tensor, Tensor, Levels]] = None
+        n_species = mace.embedding.shape[0]
+        if self.fixed:
+            if n_species > MOST_SPECIES:
+                raise InputError(
+                    f"{self.spec.name!r} knows {n_species} elements, and a file on the native operators holds at most "
+                    f"{MOST_SPECIES}; name those of your system with --species"
+                )
+            self._made_for(torch.arange(n_species))
+        elif self.tabulated:
             # Where elements matter, tables are made for those at hand; these two stand for the error.
-            self._tables_for((0,) if not self._species_matter else (0, mace.embedding.shape[0] - 1))
+            tables = self._maker.tables(tuple(sorted({0, n_species - 1})))
+            self.table_error, self.table_report = tables.slope_error, report(tables)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "KernelMACE":
         """A change of dtype makes tables and blocks anew; another device has no such kernels.
@@ -100,6 +110,19 @@ class KernelMACE(Potential):
         plain.head, plain.origin = self.head, self.origin
         return plain
 
+    def native(self) -> Potential:
+        """See `Potential.native`."""
+        return self._like(self.definition, fixed=True)
+
+    def for_species(self, species: Sequence[int]) -> Potential:
+        """See `Potential.for_species`."""
+        return self._like(narrowed(self.definition, species), self.fixed)
+
+    def _like(self, definition: MACE, fixed: bool) -> Potential:
+        made = KernelMACE(definition, self.tabulated, fixed)
+        made.head, made.origin = self.head, self.origin
+        return made
+
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def local(
@@ -114,11 +137,14 @@ class KernelMACE(Potential):
         head: Tensor,
     ) -> Dict[str, Tensor]:
         """See `Potential.local`; where a gradient is wanted it is the definition that runs."""
-        arguments = (numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
         if torch.is_grad_enabled() and vectors.requires_grad:
-            return self.definition.local(*arguments)
-        with torch.no_grad():
-            return self._evaluate(*arguments, gradient=False)[0]
+            out = self.definition.local(numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
+        else:  # nothing returns from within: TorchScript cannot
+            with torch.no_grad():
+                out = self._evaluate(
+                    numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, False
+                )[0]
+        return out
 
     def local_with_gradient(
         self,
@@ -132,27 +158,29 @@ class KernelMACE(Potential):
         head: Tensor,
     ) -> Dict[str, Tensor]:
         """See `Potential.local_with_gradient`."""
-        arguments = (numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head)
         with torch.no_grad():
-            result, tape = self._evaluate(*arguments, gradient=True)
-            result["pair_gradient"] = self._pull(tape, vectors, {}, keep=False)
-        return result
+            out, tape = self._evaluate(
+                numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head, True
+            )
+            out["pair_gradient"] = self._pull(tape, vectors, torch.jit.annotate(Dict[str, Tensor], {}), False)
+        return out
 
-    def local_with_pull(self, numbers: Tensor, pairs: Tensor, vectors: Tensor, *rest: Any) -> Tuple[Any, Any]:
-        """See `Potential.local_with_pull`."""
+    @torch.jit.unused
+    def local_with_pull(self, *arguments: Any) -> Tuple[Any, Any]:
+        """`local`, and the function from cotangents of its outputs to that of the vectors (E, 3), called at will."""
+        evaluate: Any = self._evaluate
         with torch.no_grad():
-            result, tape = self._evaluate(numbers, pairs, vectors, *rest, gradient=True)
+            result, tape = evaluate(*arguments, True)
 
         def pull(cotangents: Dict[str, Tensor]) -> Tensor:
             with torch.no_grad():
-                return self._pull(tape, vectors, cotangents, keep=True)
+                return self._pull(tape, arguments[2], cotangents, True)
 
         return result, pull
 
     def _pull(self, tape: Tape, vectors: Tensor, cotangents: Dict[str, Tensor], keep: bool) -> Tensor:
         """(E, 3) cotangent of the vectors; without any given, the gradient of the sum of atom energies."""
-        grad = self._adjoint(tape, cotangents, keep)
-        return vectors.new_zeros(vectors.shape).index_copy_(0, tape.origin, grad)
+        return torch.zeros_like(vectors).index_copy_(0, tape.origin, self._adjoint(tape, cotangents, keep))
 
     def _evaluate(
         self,
@@ -167,83 +195,66 @@ class KernelMACE(Potential):
         gradient: bool,
     ) -> Tuple[Dict[str, Tensor], Tape]:
         mace = self.definition
-        atoms = self._sorted(numbers, n_owned)
-        vec, r, receiver, sender, first, origin = ops.graph(pairs, vectors, atoms.place, n_owned, float(mace.cutoff))
+        atoms = self._atoms(numbers, n_owned)
+        made = self._made(atoms)
+        vec, r, receiver, sender, first, origin = ops.graph(
+            pairs.contiguous(), vectors, atoms.place, n_owned, float(mace.cutoff)
+        )
         table, l_max = mace.harmonics.table, mace.harmonics.l_max
         harmonics = ops.harmonics(vec, r, self.left, self.right, table, l_max)
-        tables = self._tables_for(atoms.present) if self.tabulated else None
-        table_kind = receiver.new_empty(0)
-        receiving = sending = r.new_empty(0, dtype=torch.int64)
-        if self._species_matter or mace.has_repulsion or not self.tabulated:
+        receiving = sending = atoms.order[:0]
+        table_kind = receiver[:0]
+        pair_functions = self.pair_functions
+        if pair_functions.species_matter:
             receiving, sending = atoms.species[receiver], atoms.species[sender]
-        if tables is not None and self._species_matter:
-            table_kind = tables.kind_of[receiving, sending]
-        sender_kind = atoms.kind.index_select(0, sender)
-        graph = Graph(r, receiver, sender, first, harmonics, sender_kind, table_kind)
-        scalars = self._pair_scalars(tables, graph, receiving, sending, atoms.n, gradient)
-        radial = [self._layer_radial(t, tables, scalars) for t in range(len(self.layers))]
+        if self.tabulated and pair_functions.kinds_matter:
+            table_kind = made.tables.kind_of[receiving, sending]
+        graph = Graph(r, receiver, sender, first, harmonics, atoms.kind.index_select(0, sender), table_kind)
+        scalars = pair_functions(made.tables, r, receiver, receiving, sending, table_kind, n_owned, gradient)
 
         levels = self._levels(atoms, system_index, head)
         atom_head, scale, start = levels.atom_head, levels.scale, levels.embedding
         outside = torch.zeros_like(scale)
         if mace.has_state:
-            sorted_index = system_index.clone()
-            sorted_index[: atoms.n] = system_index[atoms.order]
+            sorted_index = torch.cat([system_index[atoms.order], system_index[n_owned:]])
             start = start + mace.state(total_charge, total_spin)[sorted_index]
             if mace.reads_state:
-                outside = mace.state_readout(start[: atoms.n], atom_head)
-        energy = torch.zeros_like(scale) if scalars.repulsion is None else scalars.repulsion.detach()
-        features = [start[: atoms.n].unsqueeze(0)]
-        sent: List[Optional[Tensor]] = []
-        exchanged: List[Any] = []
-        saved: List[Any] = []
-        slopes: List[Tensor] = []
-        for t, layer in enumerate(self.layers):
-            out, tape = self._send(layer, start if t == 0 else features[t], radial[t], atoms)
-            sent.append(out)
-            exchanged.append(tape)
-            new, kept = layer(features[t], out, radial[t], graph, atoms, scalars.densities.get(t))
-            features.append(new)
-            saved.append(kept if gradient else None)
-            readout: Any = mace.readouts[t]
+                outside = mace.state_readout(start[:n_owned], atom_head)
+        energy = scalars.repulsion if mace.has_repulsion else torch.zeros_like(scale)
+        tape = Tape(
+            [start[:n_owned].unsqueeze(0)], [], [], [], [], made.weights, [], graph, atoms, scalars, scale, vec, origin
+        )
+        features, tables = tape.features, made.tables
+        for t, (layer, readout) in enumerate(zip(self.layers, mace.readouts)):  # noqa: B905
+            weights = made.weights[t]
+            radial = LayerRadial(
+                tables.layers[t].table, scalars.columns[t], weights.radial, tables.step, tables.per_kind
+            )
+            sent, exchanged = start[:0], torch.jit.annotate(List[Tensor], [])
+            if layer.first_layer:  # no exchange: ghosts know their own species
+                if not layer.by_species:
+                    sent = layer.send(start.unsqueeze(0), weights)
+            else:
+                sent = layer.send(features[t], weights)
+                if atoms.place.shape[0] > n_owned:
+                    sent, exchanged = self._over_borders(sent, atoms)
+            new, saved = layer(features[t], sent, weights, radial, graph, atoms, scalars.densities[t])
             read, slope = readout.with_slope(new[0], atom_head, scale)
             energy = energy + read
-            slopes.append(slope)
+            features.append(new)
+            if gradient:
+                tape.sent.append(sent)
+                tape.exchanged.append(exchanged)
+                tape.saved.append(saved)
+                tape.slopes.append(slope)
+                tape.radial.append(radial)
         energy = torch.addcmul(levels.shift, scale, energy) + outside
-        place = atoms.place[: atoms.n].long()
+        place = atoms.place[:n_owned].long()
         result = {
             "atom_energy": energy[place],
             "features": torch.cat([f[0] for f in features[1:]], dim=1)[place],
         }
-        return result, Tape(features, sent, exchanged, saved, slopes, radial, graph, atoms, scalars, scale, vec, origin)
-
-    def _send(
-        self, layer: KernelLayer, features: Tensor, radial: LayerRadial, atoms: Atoms
-    ) -> Tuple[Optional[Tensor], Any]:
-        """What neighbours see of all atoms, ((edge_l+1)^2, N, k); and the tape of the exchange, if any."""
-        if layer.t == 0:  # no exchange: ghosts know their own species
-            return (None if layer.by_species else layer.send(features.unsqueeze(0), layer.weights(radial, atoms))), None
-        own = layer.send(features, layer.weights(radial, atoms))
-        n_atoms = atoms.place.shape[0]
-        if n_atoms == atoms.n:
-            return own, None
-        place = atoms.place.long()
-        rows = own.transpose(0, 1).flatten(1)[place[: atoms.n]]  # engines know atoms in their own order
-        leaf = torch.cat([rows, rows.new_zeros(n_atoms - atoms.n, rows.shape[1])]).requires_grad_(True)
-        with torch.enable_grad():
-            filled = self.exchange(leaf, atoms.n)
-        by_place = torch.empty_like(filled).index_copy_(0, place, filled.detach())
-        sent = by_place.view(n_atoms, own.shape[0], own.shape[2]).transpose(0, 1).contiguous()
-        return sent, (leaf, filled)
-
-    def _send_back(self, grad: Tensor, tape: Any, atoms: Atoms) -> Tensor:
-        """Cotangent of what the owned atoms sent, from that of what all atoms were seen to send."""
-        if tape is None:
-            return grad
-        leaf, filled = tape
-        rows = grad.transpose(0, 1).flatten(1)[atoms.place.long()]
-        back = pull_back([filled], [leaf], [rows])[0][atoms.order]
-        return back.view(atoms.n, grad.shape[0], grad.shape[2]).transpose(0, 1).contiguous()
+        return result, tape
 
     def _adjoint(self, tape: Tape, cotangents: Dict[str, Tensor], keep: bool) -> Tensor:
         """(P, 3) cotangent of the vectors.
@@ -252,128 +263,136 @@ class KernelMACE(Potential):
             cotangents: of "atom_energy" and "features"; none at all: ones for the energies.
             keep: the tape is needed again.
         """
-        features, graph, atoms, scalars, saved = tape.features, tape.graph, tape.atoms, tape.scalars, tape.saved
-        of_energy, of_features = cotangents.get("atom_energy"), cotangents.get("features")
-        scale = tape.scale
-        slopes = tape.slopes
-        if cotangents:  # by atom, in sorted order
-            weight = torch.zeros_like(scale) if of_energy is None else of_energy[atoms.order]
+        graph, atoms, scalars = tape.graph, tape.atoms, tape.scalars
+        scale, slopes = tape.scale, tape.slopes
+        if len(cotangents) > 0:  # by atom, in sorted order
+            weight = torch.zeros_like(scale)
+            if "atom_energy" in cotangents:
+                weight = cotangents["atom_energy"][atoms.order]
             scale, slopes = weight * scale, [weight.unsqueeze(1) * slope for slope in slopes]
-            if of_features is not None:
-                parts = of_features[atoms.order].chunk(len(slopes), dim=1)
-                slopes = [slope + part for slope, part in zip(slopes, parts, strict=True)]
-        gradients = Gradients(graph)
-        grad = torch.zeros_like(features[-1])
-        for t in range(len(self.layers) - 1, -1, -1):
-            layer = self.layers[t]
-            grad[0] += slopes[t]
-            sent, radial = tape.sent[t], tape.radial[t]
-            grad, grad_sent = layer.backward(grad, saved[t], features[t], sent, radial, graph, atoms, gradients)
-            if not keep:
-                saved[t] = None
-            if t > 0 and grad_sent is not None:
-                grad_sent = self._send_back(grad_sent, tape.exchanged[t], atoms)
-                up = layer.weights(radial, atoms).up_back
-                grad = ops.linear(grad_sent, up, layer.no_group, grad, grad.shape[0], grad.shape[2])
-        outputs, weights = [], []
-        if scalars.repulsion is not None:
-            outputs.append(scalars.repulsion)
-            weights.append(scale)
-        for t, rho in scalars.densities.items():
-            outputs.append(rho)
-            weights.append(gradients.density[t])
-        for t, columns in scalars.columns.items():
-            outputs.append(columns)
-            weights.append(gradients.columns[t])
-        if outputs and graph.r.shape[0]:
-            along = pull_back(outputs, [scalars.r], weights)[0].squeeze(1)
-            gradients.r = along if gradients.r is None else gradients.r + along
+            if "features" in cotangents:
+                parts = cotangents["features"][atoms.order].chunk(len(slopes), dim=1)
+                slopes = [slope + parts[t] for t, slope in enumerate(slopes)]
+        along_r = torch.zeros_like(graph.r)
+        if self.definition.has_repulsion:
+            along_r = scale[graph.receiver] * scalars.repulsion_slope
+        along_harmonics = torch.zeros_like(graph.harmonics)
+        grad = torch.zeros_like(tape.features[-1])
+        for t in range(len(slopes) - 1, -1, -1):
+            for k, layer in enumerate(self.layers):  # TorchScript picks no module by a number
+                if k == t:
+                    grad[0] += slopes[t]
+                    weights = tape.weights[t]
+                    saved = tape.saved[t] if keep else tape.saved.pop()
+                    back = layer.backward(
+                        grad, saved, tape.features[t], tape.sent[t], weights, tape.radial[t], graph, atoms
+                    )
+                    grad = back.features
+                    if not layer.first_layer:
+                        grad_sent = back.sent
+                        if len(tape.exchanged[t]) > 0:
+                            grad_sent = self._back_over_borders(grad_sent, tape.exchanged[t], atoms)
+                        grad = layer.send_back(grad_sent, weights, grad)
+                    along_harmonics += back.harmonics
+                    if self.tabulated:
+                        along_r += back.radial
+                    else:
+                        along_r += (back.radial * scalars.column_slopes[t]).sum(1)
+                    if layer.has_density:
+                        along_r += back.rho[graph.receiver] * scalars.density_slopes[t]
         harmonics = self.definition.harmonics
-        along_r = torch.zeros_like(graph.r) if gradients.r is None else gradients.r
         return ops.harmonics_backward(
-            tape.vec, graph.r, self.left, self.right, harmonics.table, harmonics.l_max, gradients.harmonics, along_r
+            tape.vec, graph.r, self.left, self.right, harmonics.table, harmonics.l_max, along_harmonics, along_r
         )
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
-    def _sorted(self, numbers: Tensor, n_owned: int) -> Atoms:
-        """Atoms by species; kept while numbers do not change.
+    def _species(self, numbers: Tensor) -> Tensor:
+        """(N,) int64 places in the Spec's list.
 
         Raises:
             InputError: an element that the model does not know.
         """
-        known = self._known
-        if known is not None and known[1].n == n_owned and torch.equal(numbers, known[0]):
-            return known[1]
         species_of = self.definition.species_of
         species = species_of[torch.clamp(numbers, max=species_of.shape[0] - 1)]
         if bool(((species < 0) | (numbers >= species_of.shape[0])).any()):
             raise InputError("an atom is of an element that the model does not know; see Spec.species")
-        atoms = sort_atoms(species, n_owned)
+        return species
+
+    def _atoms(self, numbers: Tensor, n_owned: int) -> Atoms:
+        if torch.jit.is_scripting():
+            made = self.made
+            assert made is not None
+            return sort_atoms(self._species(numbers), n_owned, made.present)
+        else:  # noqa: RET505  (TorchScript drops the branch)
+            return self._kept_atoms(numbers, n_owned)
+
+    @torch.jit.unused
+    def _kept_atoms(self, numbers: Tensor, n_owned: int) -> Atoms:
+        """Atoms by species; kept while numbers do not change."""
+        known = self._known
+        if known is not None and known[1].n == n_owned and torch.equal(numbers, known[0]):
+            return known[1]
+        present = self.made.present if self.fixed and self.made is not None else None
+        atoms = sort_atoms(self._species(numbers), n_owned, present)
         self._known = (numbers.clone(), atoms)
         return atoms
 
     def _levels(self, atoms: Atoms, system_index: Tensor, head: Tensor) -> Levels:
+        if torch.jit.is_scripting():
+            return self._new_levels(atoms, system_index, head)
+        else:  # noqa: RET505  (TorchScript drops the branch)
+            return self._kept_levels(atoms, system_index, head)
+
+    def _new_levels(self, atoms: Atoms, system_index: Tensor, head: Tensor) -> Levels:
+        mace = self.definition
+        atom_head = head[system_index[atoms.order]]
+        return Levels(atom_head, mace.scale[atom_head], mace.shift[atom_head], mace.embedding[atoms.species])
+
+    @torch.jit.unused
+    def _kept_levels(self, atoms: Atoms, system_index: Tensor, head: Tensor) -> Levels:
         """Kept while atoms, structures and levels of theory do not change."""
         known = self._known_levels
         if known is not None and known[0] is atoms:
-            levels = known[1]
-            if torch.equal(levels.system_index, system_index) and torch.equal(levels.head, head):
+            _, same_index, same_head, levels = known
+            if torch.equal(same_index, system_index) and torch.equal(same_head, head):
                 return levels
-        mace = self.definition
-        atom_head = head[system_index[atoms.order]]
-        levels = Levels(
-            system_index.clone(), head.clone(), atom_head, mace.scale[atom_head], mace.shift[atom_head],
-            mace.embedding[atoms.species],
-        )  # fmt: skip
-        self._known_levels = (atoms, levels)
+        levels = self._new_levels(atoms, system_index, head)
+        self._known_levels = (atoms, system_index.clone(), head.clone(), levels)
         return levels
 
-    def _tables_for(self, present: Tuple[int, ...]) -> Tables:
-        key = present if self._species_matter else ()
-        made = self._tables.get(key)
-        if made is None:
-            made = make_tables(self.definition, present)
-            self._tables = {key: made}
-            self.table_error = made.slope_error
-            self.table_report = {
-                "radial": "quintic splines",
-                "slope_error": made.slope_error,
-                "value_error": made.value_error,
-                "knots": made.per_kind - 1,
-            }
+    def _made(self, atoms: Atoms) -> Made:
+        made = self.made
+        if torch.jit.is_scripting():
+            assert made is not None
+            return made
+        else:  # noqa: RET505  (TorchScript drops the branch)
+            return self._made_for(atoms.present)
+
+    @torch.jit.unused
+    def _made_for(self, present: Tensor) -> Made:
+        """Made once for the elements at hand."""
+        made = self.made
+        if made is None or not torch.equal(made.present, present):
+            made = self.made = self._maker.make(present)
+            self.table_error, self.table_report = made.tables.slope_error, report(made.tables)
         return made
 
-    def _pair_scalars(
-        self, tables: Optional[Tables], graph: Graph, receiving: Tensor, sending: Tensor, n: int, gradient: bool
-    ) -> PairScalars:
-        mace = self.definition
-        repulsion: Optional[Tensor] = None
-        densities: Dict[int, Tensor] = {}
-        columns: Dict[int, Tensor] = {}
-        with torch.set_grad_enabled(gradient):
-            r = graph.r.unsqueeze(1).requires_grad_(gradient)
+    @torch.jit.unused
+    def _over_borders(self, own: Tensor, atoms: Atoms) -> Tuple[Tensor, List[Tensor]]:
+        """What neighbours see of all atoms, ((edge_l+1)^2, N, k), from that of the owned; tape of the exchange."""
+        n_atoms, place = atoms.place.shape[0], atoms.place.long()
+        rows = own.transpose(0, 1).flatten(1)[place[: atoms.n]]  # engines know atoms in their own order
+        leaf = torch.cat([rows, rows.new_zeros(n_atoms - atoms.n, rows.shape[1])]).requires_grad_(True)
+        with torch.enable_grad():
+            filled = self.exchange(leaf, atoms.n)
+        by_place = torch.empty_like(filled).index_copy_(0, place, filled.detach())
+        sent = by_place.view(n_atoms, own.shape[0], own.shape[2]).transpose(0, 1).contiguous()
+        return sent, [leaf, filled]
 
-            def summed(values: Tensor) -> Tensor:
-                return values.new_zeros(n).index_add(0, graph.receiver, values)
-
-            if mace.has_repulsion:
-                repulsion = summed(mace.repulsion(r, receiving, sending))
-            dense = [layer.t for layer in self.layers if layer.has_density]
-            if tables is None:
-                for t, made in enumerate(mace.radial(r, receiving, sending)):
-                    b = self.layers[t].source.messenger.n_radial
-                    columns[t] = made[:, :b].contiguous()
-                    if t in dense:
-                        densities[t] = summed(made[:, b])
-            elif tables.densities is not None:
-                for t, made in zip(dense, tables.densities(r, receiving, sending), strict=True):
-                    densities[t] = summed(made.squeeze(1))
-        return PairScalars(r, repulsion, densities, columns)
-
-    def _layer_radial(self, t: int, tables: Optional[Tables], scalars: PairScalars) -> LayerRadial:
-        weight: Tensor = self.layers[t].source.messenger.radial_weight
-        if tables is None:
-            return LayerRadial(weight.new_empty(0), scalars.columns[t].detach(), weight, 1.0, 2)
-        table, reduced = tables.layers[t]
-        return LayerRadial(table, weight.new_empty(0), reduced, tables.step, tables.per_kind)
+    @torch.jit.unused
+    def _back_over_borders(self, grad: Tensor, tape: List[Tensor], atoms: Atoms) -> Tensor:
+        """Cotangent of what the owned atoms sent, from that of what all atoms were seen to send."""
+        rows = grad.transpose(0, 1).flatten(1)[atoms.place.long()]
+        back = pull_back([tape[1]], [tape[0]], [rows])[0][atoms.order]
+        return back.view(atoms.n, grad.shape[0], grad.shape[2]).transpose(0, 1).contiguous()

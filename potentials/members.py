@@ -110,14 +110,31 @@ class SharedMembers(Composed):
             out = body.local(numbers, p, v, n_owned, system_index, total_charge, total_spin, head)
         return self.readouts(numbers[:n_owned], out["atom_energy"], out["features"])
 
-    @torch.jit.unused
-    def local_with_gradient(self, *arguments: Any) -> Dict[str, Tensor]:
+    def local_with_gradient(
+        self,
+        numbers: Tensor,
+        pairs: Tensor,
+        vectors: Tensor,
+        n_owned: int,
+        system_index: Tensor,
+        total_charge: Tensor,
+        total_spin: Tensor,
+        head: Tensor,
+    ) -> Dict[str, Tensor]:
         """See `Potential.local_with_gradient`."""
-        out = self.parts[0].local_with_gradient(*arguments)
-        numbers, n_owned = arguments[0], arguments[3]
+        out: Dict[str, Tensor] = {}
+        for body in self.parts:
+            out = body.local_with_gradient(
+                numbers, pairs, vectors, n_owned, system_index, total_charge, total_spin, head
+            )
         with torch.no_grad():
             found = self.readouts(numbers[:n_owned], out["atom_energy"], out["features"])
-        return {**found, "pair_gradient": out["pair_gradient"]}
+        found["pair_gradient"] = out["pair_gradient"]
+        return found
+
+    def native(self) -> Potential:
+        """See `Potential.native`."""
+        return self._of([part.native() for part in self.parts])
 
     @torch.jit.unused
     def local_with_pull(self, *arguments: Any) -> Tuple[Dict[str, Tensor], Pull]:

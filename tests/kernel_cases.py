@@ -13,7 +13,7 @@ from mdplug.potentials.blocks.contraction import SymmetricContraction, sparse_po
 from mdplug.potentials.blocks.convolution import paths
 from mdplug.potentials.blocks.harmonics import SphericalHarmonics
 from mdplug.potentials.blocks.kernel_graph import coupling
-from mdplug.potentials.blocks.kernel_layer import packed
+from mdplug.potentials.blocks.kernel_weights import packed
 from mdplug.potentials.blocks.knots import LANES, in_blocks
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}

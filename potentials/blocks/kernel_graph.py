@@ -1,6 +1,6 @@
-"""What the layers of a MACE on the kernels share: sorted atoms and pairs, radial functions, cotangents of the pairs."""
+"""What the layers of a MACE on the kernels share: sorted atoms and pairs, radial functions. Compiles in TorchScript."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -15,29 +15,28 @@ class Atoms(NamedTuple):
     Attributes:
         n: owned atoms. order: (n,) sorted place -> atom. place: (N,) int32 atom -> sorted place, ghosts as they are.
         species: (N,) int64, in sorted order. kind: (N,) int32, place of the species in `present`.
-        present: species that occur among all atoms. groups: (species, begin, end) of the owned atoms.
+        own_species32, own_kind: (n,) int32 of the owned atoms.
+        present: (S',) int64 species that have matrices; all that occur are among them.
     """
 
     n: int
     order: Tensor
     place: Tensor
     species: Tensor
-    species32: Tensor
     kind: Tensor
-    present: Tuple[int, ...]
-    groups: Tuple[Tuple[int, int, int], ...]
+    own_species32: Tensor
+    own_kind: Tensor
+    present: Tensor
 
 
 class Levels(NamedTuple):
     """What atoms have of their structure's level of theory; does not change while nothing but positions does.
 
     Attributes:
-        system_index, head: as they were given. atom_head: (n,) int64, sorted. scale, shift: (n,) of the energies, eV.
+        atom_head: (n,) int64, sorted. scale, shift: (n,) of the energies, eV.
         embedding: (N, K) of the elements, sorted.
     """
 
-    system_index: Tensor
-    head: Tensor
     atom_head: Tensor
     scale: Tensor
     shift: Tensor
@@ -62,7 +61,7 @@ class Graph(NamedTuple):
 
 
 class LayerRadial(NamedTuple):
-    """Radial functions of one layer: a table (see `knots`), or columns (P, b) with their weight (b, P, k)."""
+    """Radial functions of one layer: a table (see `knots`), or columns (P, b) with their weight (b, blocks, p, C)."""
 
     table: Tensor
     columns: Tensor
@@ -71,98 +70,39 @@ class LayerRadial(NamedTuple):
     per_kind: int
 
 
-class PairScalars(NamedTuple):
-    """What is a plain function of the distance, on a small tape of its own.
+class Cotangents(NamedTuple):
+    """What the adjoint of a layer hands on.
 
     Attributes:
-        r: (P, 1) A, the leaf. repulsion: (n,) or None. densities, columns: by layer.
+        features: of the old features. sent: of what neighbours were sent, or empty. harmonics: (P, (l_max+1)^2).
+        radial: by r (P,), or by the columns (P, b). rho: (n,) of the density, or empty.
     """
 
-    r: Tensor
-    repulsion: Optional[Tensor]
-    densities: Dict[int, Tensor]
-    columns: Dict[int, Tensor]
+    features: Tensor
+    sent: Tensor
+    harmonics: Tensor
+    radial: Tensor
+    rho: Tensor
 
 
-class Tape(NamedTuple):
-    """What the adjoint needs of the forward pass; lists by layer.
-
-    Attributes:
-        features: before each layer, and after the last. sent: what neighbours see. exchanged: tapes of its exchange.
-        saved: by each layer. slopes: (n, K) of the energy along scalar features. scale: (n,) eV. vec: (P, 3) A.
-        origin: (P,) places of the pairs among those that were given.
-    """
-
-    features: List[Tensor]
-    sent: List[Optional[Tensor]]
-    exchanged: List[Any]
-    saved: List[Any]
-    slopes: List[Tensor]
-    radial: List[LayerRadial]
-    graph: Graph
-    atoms: Atoms
-    scalars: PairScalars
-    scale: Tensor
-    vec: Tensor
-    origin: Tensor
-
-
-class Gradients:
-    """Cotangents of what pairs hold, summed over the layers.
-
-    Attributes:
-        harmonics, r, columns: see `Graph` and `LayerRadial`, columns by layer. density: (n,) by layer.
-    """
-
-    def __init__(self, graph: Graph):
-        self.graph = graph
-        self.harmonics: Optional[Tensor] = None
-        self.r: Optional[Tensor] = None
-        self.columns: Dict[int, Tensor] = {}
-        self.density: Dict[int, Tensor] = {}
-
-    def add(self, t: int, first: int, d_harmonics: Tensor, d_radial: Tensor) -> None:
-        """What layer t gave the pairs from `first` on; d_radial: by r (p,), or by columns (p, b)."""
-        self.harmonics = _added(self.harmonics, self.graph.harmonics, first, d_harmonics)
-        if d_radial.dim() == 1:
-            self.r = _added(self.r, self.graph.r, first, d_radial)
-        else:
-            like = d_radial.new_empty(len(self.graph.r), d_radial.shape[1])
-            self.columns[t] = _added(self.columns.get(t), like, first, d_radial)
-
-
-def _added(total: Optional[Tensor], like: Tensor, first: int, part: Tensor) -> Tensor:
-    if total is None:
-        if len(part) == len(like):
-            return part
-        total = torch.zeros_like(like)
-    total.narrow(0, first, len(part)).add_(part)
-    return total
-
-
-def sort_atoms(species: Tensor, n_owned: int) -> Atoms:
+def sort_atoms(species: Tensor, n_owned: int, present: Optional[Tensor] = None) -> Atoms:
     """Atoms by species.
 
     Args:
         species: (N,) int64 of all atoms, of which the first n_owned are owned.
+        present: see `Atoms`, in rising order; None: those that occur.
     """
     order = torch.argsort(species[:n_owned], stable=True)
-    place = torch.arange(len(species), dtype=torch.int32)
-    place[order] = torch.arange(n_owned, dtype=torch.int32)
+    place = torch.arange(species.shape[0], dtype=torch.int32, device=species.device)
+    place[order] = torch.arange(n_owned, dtype=torch.int32, device=species.device)
     by_place = torch.cat([species[order], species[n_owned:]])
-    present = tuple(torch.unique(species).tolist())
-    kind_of = torch.zeros(max(present, default=0) + 1, dtype=torch.int32)
-    kind_of[list(present)] = torch.arange(len(present), dtype=torch.int32)
-    groups, begin = [], 0
-    for z in present:
-        count = int((by_place[:n_owned] == z).sum())
-        if count:
-            groups.append((z, begin, begin + count))
-            begin += count
-    if not groups:
-        groups.append((present[0] if present else 0, 0, 0))
-        present = present or (0,)
-    return Atoms(n_owned, order, place, by_place, by_place.to(torch.int32), kind_of[by_place], present, tuple(groups))
+    if present is None:
+        present = torch.unique(species)
+        if present.shape[0] == 0:
+            present = torch.zeros(1, dtype=torch.int64, device=species.device)
+    kind = torch.searchsorted(present, by_place, out_int32=True)
+    own = by_place[:n_owned].to(torch.int32)
+    return Atoms(n_owned, order, place, by_place, kind, own, kind[:n_owned], present)
 
 
 def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:

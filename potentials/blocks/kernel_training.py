@@ -17,7 +17,7 @@ from mdplug.potentials.blocks.contraction import sparse_polynomial
 from mdplug.potentials.blocks.convolution import Path, per_irrep, split_irreps
 from mdplug.potentials.blocks.kernel_graph import Atoms, coupling, sort_atoms
 from mdplug.potentials.blocks.knots import LANES, in_blocks, radial_values
-from mdplug.potentials.blocks.radial import SpeciesNet
+from mdplug.potentials.blocks.radial_nets import SpeciesNet
 
 ops: Any = torch.ops.mdplug
 AT_A_TIME = 2**19  # radial functions of one convolution: the allocator then has the memory at hand
@@ -30,7 +30,7 @@ class TrainingGraph(NamedTuple):
         r: (U,) A, one of each pair and its reverse. row: (P,) int32, the place in r of every pair.
         receiver: (P,) int64, sender: (P,) int32 sorted places. first: (n + 1,) int32.
         receiving, sending: (U,) species. harmonics: (P, (l_max+1)^2). sender_kind: (P,) int32, see `Atoms.kind`.
-        atoms: see there. present: (S',) int64, as atoms.present. none: empty, of the model's dtype.
+        atoms: see there. groups: (species, owned atoms) in their order. none: empty, of the model's dtype.
     """
 
     r: Tensor
@@ -43,7 +43,7 @@ class TrainingGraph(NamedTuple):
     harmonics: Tensor
     sender_kind: Tensor
     atoms: Atoms
-    present: Tensor
+    groups: List[Tuple[int, int]]
     none: Tensor
 
 
@@ -67,10 +67,11 @@ def build_graph(mace: Any, species: Tensor, pairs: Tensor, vectors: Tensor, n_ow
     r = torch.linalg.vector_norm(inside.index_select(0, chosen), dim=1)
     receiver = receiver.long()
     receiving, sending = atoms.species[receiver[chosen]], atoms.species[sender[chosen]]
-    present = torch.tensor(atoms.present, dtype=torch.int64)
+    counts = torch.bincount(atoms.kind[:n_owned], minlength=len(atoms.present))
+    groups = list(zip(atoms.present.tolist(), counts.tolist(), strict=True))
     kind = atoms.kind.index_select(0, sender)
     return TrainingGraph(
-        r, row.to(torch.int32), receiver, sender, first, receiving, sending, harmonics, kind, atoms, present,
+        r, row.to(torch.int32), receiver, sender, first, receiving, sending, harmonics, kind, atoms, groups,
         vectors.new_empty(0),
     )  # fmt: skip
 
@@ -96,11 +97,11 @@ def neighbour_sum(values: Tensor, graph: TrainingGraph) -> Tensor:
     return values.new_zeros(graph.atoms.n).index_add(0, graph.receiver, values.index_select(0, graph.row))
 
 
-def per_species(features: Tensor, weight: Tensor, atoms: Atoms) -> Tensor:
+def per_species(features: Tensor, weight: Tensor, graph: TrainingGraph) -> Tensor:
     """A matrix per irrep and species: ((L+1)^2, n, K) x (L'+1, S, K, K') -> ((L'+1)^2, n, K'), L' <= L."""
     matrices = weight.unbind(1)
-    chunks = torch.split(features, [end - begin for _, begin, end in atoms.groups], dim=1)
-    parts = [per_irrep(chunk, matrices[z]) for chunk, (z, _, _) in zip(chunks, atoms.groups, strict=True)]
+    chunks = torch.split(features, [count for _, count in graph.groups], dim=1)
+    parts = [per_irrep(chunk, matrices[z]) for chunk, (z, _) in zip(chunks, graph.groups, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -121,9 +122,10 @@ def convolve(messages: Any, sent: Tensor, columns: Tensor, weight: Tensor, graph
     at_a_time = max(AT_A_TIME // max(columns.shape[0] * weight.shape[1] * lanes, 1), 1) * lanes
     pieces: List[List[Tensor]] = [[] for _ in messages.fan_in]
     for some, matrices in zip(torch.split(sent, at_a_time, dim=2), torch.split(weight, at_a_time, dim=2), strict=True):
+        values = radial_values(columns, in_blocks(matrices, lanes))
         flat = ops.convolution(
-            some.contiguous(), graph.harmonics, graph.none, radial_values(columns, matrices), graph.none,
-            graph.row, graph.sender, graph.first, *tables, 0, n, 0.0, 1.0, 2,
+            some.contiguous(), graph.harmonics, graph.none, values, graph.none, graph.row, graph.sender,
+            graph.first, *tables, 0, n, 0.0, 1.0, 2,
         )  # fmt: skip
         shapes = [(2 * ell + 1, n, count, some.shape[2]) for ell, count in enumerate(messages.fan_in)]
         for piece, part, shape in zip(pieces, torch.split(flat, [prod(s) for s in shapes]), shapes, strict=True):
@@ -168,12 +170,12 @@ def message(messenger: Any, sent: Tensor, table: Tensor, own: Tensor, columns: T
         out = torch.cat([torch.matmul(m, w.flatten(0, 1)) for m, w in zip(by_l, linear, strict=True)], dim=0)
     if rho is not None:
         out = out / (rho + 1.0).view(1, -1, 1)
-    return per_species(out, messenger.skip, graph.atoms) if messenger.has_skip else out
+    return per_species(out, messenger.skip, graph) if messenger.has_skip else out
 
 
 def contract(product: Any, features: Tensor, graph: TrainingGraph) -> Tensor:
     """((l_max+1)^2, n, K) -> ((l_out+1)^2, n, K): a `SymmetricContraction`."""
-    nodes, term, starts, coefficients = sparse_polynomial(product, graph.present)
+    nodes, term, starts, coefficients = sparse_polynomial(product, graph.atoms.present)
     kind = graph.atoms.kind[: graph.atoms.n]
     kind = torch.zeros_like(kind) if product.agnostic else kind
     blocks = in_blocks(coefficients, LANES[features.dtype])
@@ -192,7 +194,7 @@ def layer_forward(
     out = per_irrep(product, layer.mix)
     if not layer.has_skip:
         return out
-    skip = per_species(features, layer.skip, graph.atoms) if layer.skip_by_species else per_irrep(features, layer.skip)
+    skip = per_species(features, layer.skip, graph) if layer.skip_by_species else per_irrep(features, layer.skip)
     if skip.shape[0] < out.shape[0]:  # the first layer has scalars only
         skip = torch.cat([skip, torch.zeros_like(out[skip.shape[0] :])], dim=0)
     return out + skip
@@ -232,7 +234,7 @@ def local(
         if mace.reads_state:
             outside = mace.state_readout(start[:n_owned], atom_head)
     features = start[:n_owned].unsqueeze(0)
-    table = mace.embedding[graph.present]
+    table = mace.embedding[graph.atoms.present]
     scalars: List[Tensor] = []
     for t, (layer, readout) in enumerate(zip(mace.layers, mace.readouts, strict=True)):
         if t == 0:  # no exchange: ghosts know their own species

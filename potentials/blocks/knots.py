@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from mdplug.kernels.spline import quintic
-from mdplug.potentials.blocks.radial import NoTransform, PlainNet
+from mdplug.potentials.blocks.radial import NoTransform
+from mdplug.potentials.blocks.radial_nets import PlainNet
 from mdplug.potentials.blocks.tables import (
     ERROR_FROM,
     FIRST_KNOT,
     MAX_KNOTS,
-    SplineRadial,
+    cubic,
     hermite,
     reduce_features,
     sample,
@@ -39,13 +40,21 @@ class LayerTable(NamedTuple):
     weight: Tensor
 
 
+class Columns(NamedTuple):
+    """Density columns of the layers that have one, as cubic splines; arguments of `cubic`."""
+
+    coefficients: Tensor
+    step: float
+    n_intervals: int
+
+
 class Tables(NamedTuple):
     """Tables of all layers for some elements.
 
     Attributes:
         layers: see `LayerTable`. kind_of: (S, S) int32, table of each pair of species. step: A.
         per_kind: knots of each table.
-        densities: SplineRadial of the density columns of the layers that have one.
+        densities: empty where no layer has one.
         slope_error, value_error: relative rms errors, worst layer.
     """
 
@@ -53,7 +62,7 @@ class Tables(NamedTuple):
     kind_of: Tensor
     step: float
     per_kind: int
-    densities: SplineRadial | None
+    densities: Columns
     slope_error: float
     value_error: float
 
@@ -71,8 +80,7 @@ def depends_on_species(radial: Any) -> bool:
 
 def sampled(radial: Any, r: Tensor, kinds: List[Tuple[int, int]]) -> List[Tensor]:
     """Columns of each layer and their derivatives, (kinds, points, 2, columns), float64; see `derivatives`."""
-    with torch.enable_grad():  # tables may be made in the middle of an evaluation
-        found = sample(radial, r, kinds, len(radial.nets))
+    found = sample(radial, r, kinds, len(radial.nets))
     return [torch.stack(both, dim=2) for both in zip(*found, strict=True)]
 
 
@@ -147,7 +155,9 @@ def make_tables(model: Any, species: Tuple[int, ...], tolerance: float = 1e-5) -
             block = block_channels(weight.shape[2], dtype)
             functions = (features @ weight.flatten(1)).view(*features.shape[:2], *weight.shape[1:]).to(dtype)
             layers.append(LayerTable(_function_blocks(functions, block), weight.new_zeros(0, 1, 1, dtype=dtype)))
-    densities = _density_spline(exact, model.cutoff, kinds, kind_of, tolerance, dtype) if extra else None
+    densities = Columns(kind_of.new_zeros(0), 1.0, 1)
+    if extra:
+        densities = _density_spline(exact, model.cutoff, kinds, tolerance, dtype)
     return Tables(layers, kind_of, step, intervals + 1, densities, slope_error, value_error)
 
 
@@ -159,9 +169,9 @@ def in_blocks(values: Tensor, block: int) -> Tensor:
 
 
 def radial_values(columns: Tensor, weight: Tensor) -> Tensor:
-    """Functions of pairs, (E, blocks, P, C) as the kernels take them, from columns (E, b) and weight (b, P, k)."""
-    blocks = in_blocks(weight, LANES[weight.dtype])
-    return torch.mm(columns, blocks.flatten(1)).view(-1, *blocks.shape[1:])
+    """Functions of pairs, (E, blocks, P, C), from columns (E, b) and weight (b, blocks, P, C), which is `in_blocks`."""
+    shape = weight.shape
+    return torch.mm(columns, weight.flatten(1)).view(-1, shape[1], shape[2], shape[3])
 
 
 def _function_blocks(functions: Tensor, block: int) -> Tensor:
@@ -172,8 +182,8 @@ def _function_blocks(functions: Tensor, block: int) -> Tensor:
 
 
 def _density_spline(
-    exact: Any, cutoff: float, kinds: List[Tuple[int, int]], kind_of: Tensor, tolerance: float, dtype: torch.dtype
-) -> SplineRadial:
+    exact: Any, cutoff: float, kinds: List[Tuple[int, int]], tolerance: float, dtype: torch.dtype
+) -> Columns:
     """The density columns (the last of the layers that have one), as cubic splines."""
     intervals = 128
     fine = torch.linspace(ERROR_FROM, cutoff, FINE, dtype=torch.float64)
@@ -182,17 +192,17 @@ def _density_spline(
         found = sampled(exact, r, kinds)
         return torch.cat([f[..., -1:] for f, net in zip(found, exact.nets, strict=True) if net.has_density], dim=3)
 
-    truth = last(fine)[:, :, 1]
+    truth = last(fine)[:, :, 1].flatten(0, 1)
+    everywhere = fine.repeat(len(kinds)).unsqueeze(1)
+    kind = torch.arange(len(kinds)).repeat_interleave(FINE)
     while True:
         step = (cutoff - FIRST_KNOT) / intervals
         at = last(FIRST_KNOT + step * torch.arange(intervals + 1, dtype=torch.float64))
         coefficients = hermite(at[:, :, 0], at[:, :, 1], step)
-        spline = SplineRadial(coefficients, kind_of.long(), FIRST_KNOT, step, intervals, [1] * at.shape[3])
-        slopes = torch.stack([spline.values_and_slopes(fine, kind)[1] for kind in range(len(kinds))])
+        slopes = cubic(coefficients, kind, everywhere, FIRST_KNOT, step, intervals)[1]
         error = float((slopes - truth).norm() / truth.norm().clamp_min(1e-30))
         if error < tolerance or intervals >= MAX_KNOTS:
-            spline.coefficients = coefficients.to(dtype)
-            return spline
+            return Columns(coefficients.to(dtype), step, intervals)
         intervals *= 2
 
 

@@ -18,7 +18,6 @@ class NoReadout(nn.Module):
         """(n, K), (n,) -> (n,) zeros."""
         return scalars.new_zeros(scalars.shape[0])
 
-    @torch.jit.unused
     def with_slope(self, scalars: Tensor, head: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
         """Energies, and d(sum of weight x energy)/d(scalars)."""
         return self(scalars, head), torch.zeros_like(scalars)
@@ -44,7 +43,6 @@ class LinearReadout(nn.Module):
         """
         return torch.mm(scalars, self.weight).gather(1, head.unsqueeze(1)).squeeze(1)
 
-    @torch.jit.unused
     def with_slope(self, scalars: Tensor, head: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
         """Energies (n,), and d(sum of weight x energy)/d(scalars) (n, K); weight: (n,)."""
         return self(scalars, head), weight.unsqueeze(1) * self.weight.t().index_select(0, head)
@@ -87,7 +85,6 @@ class GatedReadout(nn.Module):
             energy = energy + self.last_bias.unsqueeze(1)
         return energy.gather(0, head.unsqueeze(0)).squeeze(0)
 
-    @torch.jit.unused
     def with_slope(self, scalars: Tensor, head: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
         """As `LinearReadout.with_slope`."""
         first = torch.matmul(scalars, self.first)

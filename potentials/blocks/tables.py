@@ -12,8 +12,8 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from mdplug.potentials.blocks.pull_back import pull_back
-from mdplug.potentials.blocks.radial import NoTransform, PlainNet, Radial
+from mdplug.potentials.blocks.radial import NoTransform, Radial
+from mdplug.potentials.blocks.radial_nets import PlainNet
 
 FIRST_KNOT = 0.1  # A; the first polynomial is continued below
 ERROR_FROM = 0.5  # A; errors are stated from here to the cutoff
@@ -71,34 +71,42 @@ class SplineRadial(nn.Module):
         columns = torch.addcmul(c0, s, torch.addcmul(c1, s, torch.addcmul(c2, s, c3)))
         return list(torch.split(columns, self.sizes, dim=1))
 
-    @torch.jit.unused
-    def values_and_slopes(self, r: Tensor, kind: int) -> Tuple[Tensor, Tensor]:
-        """(n,) A -> all columns of one table and their slopes, (n, C) each."""
-        x = (r.unsqueeze(1) - self.first) / self.step
-        interval = torch.clamp(x.floor(), 0, self.n_intervals - 1)
-        s = x - interval
-        row = interval.squeeze(1).to(torch.int64) + kind * self.n_intervals
-        c0, c1, c2, c3 = self.coefficients.index_select(0, row).chunk(4, dim=1)
-        return c0 + s * (c1 + s * (c2 + s * c3)), (c1 + s * (2 * c2 + 3 * s * c3)) / self.step
+    def with_slopes(self, r: Tensor, receiver: Tensor, sender: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
+        """As `Radial.with_slopes`."""
+        kind = self.kind_of[receiver, sender] if self.several else receiver[:0]
+        values, slopes = cubic(self.coefficients, kind, r, self.first, self.step, self.n_intervals)
+        return list(torch.split(values, self.sizes, dim=1)), list(torch.split(slopes, self.sizes, dim=1))
+
+
+def cubic(
+    coefficients: Tensor, kind: Tensor, r: Tensor, first: float, step: float, n_intervals: int
+) -> Tuple[Tensor, Tensor]:
+    """All columns of a cubic table at distances r (E, 1) A, and their slopes; (E, C) each, without a tape.
+
+    Args:
+        kind: (E,) int64, or empty: there is one table. The rest as in `SplineRadial`.
+    """
+    x = (r - first) / step
+    interval = torch.clamp(x.floor(), 0, n_intervals - 1)
+    s = x - interval
+    row = interval.squeeze(1).to(torch.int64)
+    if kind.shape[0] > 0:
+        row = row + n_intervals * kind
+    c0, c1, c2, c3 = coefficients.index_select(0, row).chunk(4, dim=1)
+    return c0 + s * (c1 + s * (c2 + s * c3)), (c1 + s * (2.0 * c2 + 3.0 * s * c3)) / step
 
 
 def sample(
     radial: Radial | SplineRadial, r: Tensor, pairs: List[Tuple[int, int]], n_layers: int
 ) -> Tuple[List[Tensor], List[Tensor]]:
     """Per layer, columns and their slopes, (kinds, points, C), in float64."""
-    values: List[List[Tensor]] = [[] for _ in range(n_layers)]
-    slopes: List[List[Tensor]] = [[] for _ in range(n_layers)]
-    for receiver, sender in pairs:
-        x = r.clone().unsqueeze(1).requires_grad_(True)
-        a, b = (torch.full((len(r),), z, dtype=torch.int64) for z in (receiver, sender))
-        for t, value in enumerate(radial(x, a, b)):
-            # Slopes of all columns at once: the reverse of the reverse pass.
-            probe = torch.zeros_like(value, requires_grad=True)
-            (back,) = pull_back([value], [x], [probe], create_graph=True)
-            (slope,) = torch.autograd.grad(back.sum(), probe, retain_graph=True)
-            values[t].append(value.detach())
-            slopes[t].append(slope.detach())
-    return [torch.stack(v) for v in values], [torch.stack(s) for s in slopes]
+    found = []
+    with torch.no_grad():
+        for receiver, sender in pairs:
+            a, b = (torch.full((len(r),), z, dtype=torch.int64) for z in (receiver, sender))
+            found.append(radial.with_slopes(r.unsqueeze(1), a, b))
+    values, slopes = ([torch.stack([one[k][t] for one in found]) for t in range(n_layers)] for k in (0, 1))
+    return values, slopes
 
 
 def reduce_features(

@@ -7,6 +7,7 @@ import torch
 from in_openmm import context_of, in_openmm, read, water
 
 import mdplug
+from mdplug import kernels
 from mdplug.engines.ase import Calculator
 from mdplug.engines.openmm import create_system, plug_of
 from mdplug.engines.openmm.topology import topology_from_ase
@@ -15,6 +16,7 @@ from mdplug.potentials.mace import MACE, describe
 
 CHARGE = {"name": "total_charge", "kind": "categorical", "classes": 9, "offset": 4, "width": 8}
 SPIN = {"name": "total_spin", "kind": "continuous", "width": 5}
+NATIVE = pytest.mark.skipif(not kernels.available(), reason="the native library is not there")
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +63,10 @@ def test_parity_with_ase(model, dtype, platform, tolerance):
     assert abs(energy - atoms.get_potential_energy()) < 10 * tolerance
 
 
-def test_portable_file(model, tmp_path):
+@pytest.mark.parametrize("target", ["portable", pytest.param("native", marks=NATIVE)])
+def test_exported_file(target, model, tmp_path):
     atoms = tilted_water(1)
-    path = export(model, tmp_path / "random.pt")
+    path = export(model, tmp_path / "random.pt", target)
     expected, theirs = read(*in_openmm(atoms, model))
     system = create_system(topology_from_ase(atoms), path, remove_cm=False)
     again = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))

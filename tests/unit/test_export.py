@@ -4,15 +4,13 @@ import json
 import subprocess
 import sys
 import zipfile
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from contract import liquid
-from packaging.requirements import Requirement
+from torch_alone import with_torch_alone
 
 import mdplug
 from mdplug.artifact import SPEC_KEY, read_spec
@@ -203,26 +201,6 @@ assert abs(float(energy - case.energy)) < 1e-7
 """
 
 
-def with_torch_alone(folder: Path) -> Path:
-    """A folder that holds torch and what torch itself requires, and nothing else."""
-    folder.mkdir()
-    wanted, seen = ["torch"], set()
-    while wanted:
-        name = wanted.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        distribution = metadata.distribution(name)
-        for requirement in map(Requirement, distribution.requires or []):
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                wanted.append(requirement.name)
-        for top in {Path(str(f)).parts[0] for f in distribution.files or [] if ".." not in str(f)}:
-            source = Path(str(distribution.locate_file(top)))
-            if source.exists() and top != "__pycache__" and not (folder / top).exists():
-                (folder / top).symlink_to(source)
-    return folder
-
-
 @pytest.mark.parametrize("name", ["stillinger-weber", "mace"])
 def test_runs_with_torch_alone(name, tmp_path):
     make, species = CASES[name]
@@ -303,7 +281,6 @@ def refuse(match, kind, call, *arguments, **options):
 def test_refusals_of_export(tmp_path):
     lj = LennardJones.new(0.01, 3.0, 8.0)
     out = tmp_path / "out.pt"
-    refuse("'native' is not in this version.*use portable", InputError, export, lj, out, "native")
     refuse("'lammps' is not in this version.*use portable", InputError, export, lj, out, "lammps")
     refuse("unknown export target 'onnx'.*portable", InputError, export, lj, out, "onnx")
     refuse("as it is", InputError, export, lj, out, dtype="float32")

@@ -16,7 +16,7 @@ from mdplug.potentials.blocks import kernel_training
 from mdplug.potentials.blocks.contraction import SymmetricContraction, sparse_polynomial
 from mdplug.potentials.blocks.convolution import paths
 from mdplug.potentials.blocks.kernel_graph import coupling
-from mdplug.potentials.blocks.kernel_layer import packed
+from mdplug.potentials.blocks.kernel_weights import packed
 from mdplug.potentials.blocks.knots import LANES, in_blocks
 from mdplug.system import AtomicSystem
 

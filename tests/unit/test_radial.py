@@ -7,12 +7,8 @@ import pytest
 import torch
 
 from mdplug.errors import InputError
-from mdplug.potentials.blocks.radial import (
-    Repulsion,
-    make_basis,
-    make_transform,
-    polynomial_cutoff,
-)
+from mdplug.potentials.blocks.radial import make_basis, make_transform, polynomial_cutoff
+from mdplug.potentials.blocks.repulsion import Repulsion
 from mdplug.potentials.mace import MACE, describe
 
 F64 = torch.float64
@@ -144,3 +140,48 @@ def test_cutoff_is_the_published_polynomial(p):
     near = torch.tensor([[0.999]])
     exact = polynomial_cutoff(near.double(), torch.tensor(1.0, dtype=F64), p).item()
     assert polynomial_cutoff(near, torch.tensor(1.0), p).item() == pytest.approx(exact, rel=1e-4)
+
+
+def by_tape(function, r):
+    """Values, and derivatives of all columns by autograd, one at a time."""
+    leaf = r.clone().requires_grad_(True)
+    y = function(leaf).view(len(r), -1)
+    columns = [torch.autograd.grad(y[:, k].sum(), leaf, retain_graph=True)[0] for k in range(y.shape[1])]
+    return y.detach(), torch.cat(columns, dim=1)
+
+
+R = torch.from_numpy(np.random.default_rng(3).uniform(0.4, 5.0, (60, 1)))
+PAIRS = torch.arange(60) % 2, (torch.arange(60) // 2) % 2
+
+
+@pytest.mark.parametrize("basis", ["bessel", "gaussian", "chebyshev"])
+@pytest.mark.parametrize("transform", ["none", "agnesi", "soft"])
+@pytest.mark.parametrize("kinds", [["A", "R"], ["D", "DR"], ["NL", "NL"]])
+@pytest.mark.parametrize("apply_cutoff", [True, False])
+def test_slopes_of_radial_functions_are_those_of_autograd(basis, transform, kinds, apply_cutoff):
+    radial = {"basis": basis, "transform": transform, "apply_cutoff": apply_cutoff, "widths": [12, 20]}
+    spec = describe("slopes", {"channels": 4, "kinds": kinds, "radial": radial}, 4.5, (1, 8), dtype="float64")
+    mace = MACE.from_spec(spec).initialise(torch.Generator().manual_seed(0))
+    for parameter in mace.requires_grad_(False).parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    values, slopes = mace.radial.with_slopes(R, *PAIRS)
+    for t in range(2):
+        wanted = by_tape(lambda r, t=t: mace.radial(r, *PAIRS)[t], R)
+        torch.testing.assert_close((values[t], slopes[t]), wanted, atol=1e-12, rtol=1e-11)
+        assert float(slopes[t].abs().max()) > 1e-2
+
+
+def test_slope_of_the_repulsion_is_that_of_autograd():
+    zbl = Repulsion([1, 8], [1.3, 1.6], 5, F64)
+    values, slopes = zbl.with_slope(R, *PAIRS)
+    wanted = by_tape(lambda r: zbl(r, *PAIRS), R)
+    torch.testing.assert_close((values.unsqueeze(1), slopes.unsqueeze(1)), wanted, atol=1e-12, rtol=1e-12)
+    assert float(slopes.abs().max()) > 1
+
+
+def test_slopes_of_splines_are_those_of_autograd():
+    tables = model("nonlinear", 1e-5)[1].double().radial
+    values, slopes = tables.with_slopes(R, *PAIRS)
+    for t in range(2):
+        wanted = by_tape(lambda r, t=t: tables(r, *PAIRS)[t], R)
+        torch.testing.assert_close((values[t], slopes[t]), wanted, atol=1e-11, rtol=1e-11)
