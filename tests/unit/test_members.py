@@ -235,6 +235,20 @@ def test_members_compile_and_export(tmp_path):
         uncertainty(file, system, found)
 
 
+@pytest.mark.skipif(not kernels.available(), reason="no native operators here")
+def test_members_export_to_the_native_operators(tmp_path):
+    from mdplug.export import native
+
+    model, system = shared().with_kernels(False), box()
+    file = native(model)
+    found = pairs(system, model.cutoff)
+    one, two = call(deploy(model), system, found), call(file, system, found)
+    for key in ("forces", "virial", "energy", "member_atom_energy", "feature_distance"):
+        assert torch.allclose(one[key], two[key], atol=1e-10), key
+    with pytest.raises(InputError, match="portable"):
+        native(Biased.of(model, 0.5))
+
+
 def test_what_has_no_members_is_refused():
     model, system = LennardJones.new(0.01, 2.2, 6.0), box()
     with pytest.raises(InputError, match="no members"):
