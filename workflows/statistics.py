@@ -31,16 +31,21 @@ def inefficiency(series: np.ndarray) -> float:
 
     W. Janke, in Quantum Simulations of Complex Many-Body Systems, 2002; J. D. Chodera et al., JCTC 3, 26 (2007).
     """
+    return float(inefficiencies(series[:, None])[0])
+
+
+def inefficiencies(series: np.ndarray) -> np.ndarray:
+    """(M,) of the columns of (n, M), see `inefficiency`."""
     n = len(series)
-    centred = series - series.mean()
-    variance = float(centred @ centred) / n
-    if n < 3 or variance < 1e-300:
-        return 1.0
-    padded = np.fft.rfft(centred, 2 * n)
-    correlation = np.fft.irfft(padded * padded.conj())[:n] / (variance * n)  # the factor (1 - t/n) is in it
-    below = np.flatnonzero(correlation <= 0)
-    stop = int(below[0]) if len(below) else n
-    return float(max(1.0, 1.0 + 2.0 * correlation[1:stop].sum()))
+    centred = series - series.mean(axis=0)
+    variance = (centred**2).mean(axis=0)
+    if n < 3:
+        return np.ones(series.shape[1])
+    padded = np.fft.rfft(centred, 2 * n, axis=0)
+    spectrum = padded.real**2 + padded.imag**2
+    correlation = np.fft.irfft(spectrum, axis=0)[:n] / (np.maximum(variance, 1e-300) * n)  # (1 - t/n) is in it
+    correlation[np.logical_or.accumulate(correlation <= 0, axis=0)] = 0.0
+    return np.where(variance < 1e-300, 1.0, np.maximum(1.0, 1.0 + 2.0 * correlation[1:].sum(axis=0)))
 
 
 def equilibrated(series: np.ndarray, trials: int = 50) -> int:

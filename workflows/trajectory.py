@@ -39,6 +39,21 @@ class Rdf:
 
 
 @dataclass
+class RdfFrames:
+    """A radial distribution function in each frame.
+
+    Attributes:
+        pair: as asked. r_A: (B,) middles of the bins. g: (F, B). running: (F, B) neighbours of an atom of the first
+            element up to the end of the bin.
+    """
+
+    pair: str
+    r_A: np.ndarray
+    g: np.ndarray
+    running: np.ndarray
+
+
+@dataclass
 class Msd:
     """Mean squared displacement and self-diffusion coefficient.
 
@@ -136,10 +151,10 @@ def broken_in(frames: Frames) -> dict[str, int]:
     return counts
 
 
-def rdf(
+def rdf_frames(
     frames: Frames, pair: str, bin_A: float = 0.05, r_max_A: float | None = None, between_molecules: bool = False
-) -> Rdf:
-    """g(r) of a pair of elements, with the running number of neighbours of the first.
+) -> RdfFrames:
+    """g(r) of a pair of elements in each frame, with the running number of neighbours of the first.
 
     Raises:
         InputError: no such element, or a range beyond half the box.
@@ -169,22 +184,26 @@ def rdf(
         distances = mdtraj.compute_distances(trajectory[k : k + step], pairs) * NM
         for row, values in enumerate(distances):
             counts[k + row] = np.histogram(values, edges)[0]
-    r = 0.5 * (edges[1:] + edges[:-1])
     shells = 4.0 / 3.0 * np.pi * (edges[1:] ** 3 - edges[:-1] ** 3)
     g = counts * np.abs(np.linalg.det(boxes))[:, None] / (len(pairs) * shells)
-    running = np.cumsum(counts, axis=1) / len(first)
+    return RdfFrames(pair, 0.5 * (edges[1:] + edges[:-1]), g, np.cumsum(counts, axis=1) / len(first))
+
+
+def rdf(each: RdfFrames) -> Rdf:
+    """The mean over frames, and its first shell."""
+    r, g, running = each.r_A, each.g, each.running
     mean = g.mean(axis=0)
     peak, minimum = first_shell(mean)
     blocks = [block for block in np.array_split(np.arange(len(g)), BLOCKS) if len(block)]
     return Rdf(
-        pair=pair,
+        pair=each.pair,
         r_A=r,
         g=mean,
         g_error=np.array([g[block].mean(axis=0) for block in blocks]).std(axis=0, ddof=1) / np.sqrt(len(blocks))
         if len(blocks) > 1
         else np.full_like(mean, np.nan),
         coordination=running.mean(axis=0),
-        peak_A=_vertex(r, mean, peak),
+        peak_A=vertex(r, mean, peak),
         peak=float(mean[peak]),
         minimum_A=float(r[minimum]),
         coordination_number=float(running[:, minimum].mean()),
@@ -209,7 +228,7 @@ def first_shell(g: np.ndarray) -> tuple[int, int]:
     return peak, len(g) - 1
 
 
-def _vertex(r: np.ndarray, g: np.ndarray, k: int) -> float:
+def vertex(r: np.ndarray, g: np.ndarray, k: int) -> float:
     """Position of a maximum between bins, by a parabola."""
     if not 0 < k < len(g) - 1:
         return float(r[k])

@@ -2,44 +2,18 @@
 
 import json
 
-import mdtraj
 import numpy as np
 import pytest
-import yaml
 from argon import crystal_file, model_file
 from ase import Atoms
 from ase.build import bulk
 from ase.io import write
+from run_folders import folder_of
 
-from mdplug.engines.openmm.topology import topology_from_ase
 from mdplug.errors import InputError
 from mdplug.units import M2_S, PS
 from mdplug.workflows import analyze, md
-from mdplug.workflows.md_files import COLUMNS, Frame, Trajectory
 from mdplug.workflows.statistics import block_error, equilibrated, inefficiency, mean_of
-
-
-def folder_of(path, atoms, positions, boxes=None, bonds=None, frame_ps=0.1, density=None):
-    """A run folder as md writes it, from given frames."""
-    path.mkdir()
-    (path / "config.yaml").write_text(yaml.safe_dump({"frame_ps": frame_ps}))
-    topology = mdtraj.Topology.from_openmm(topology_from_ase(atoms, bonds))
-    start = mdtraj.Trajectory(atoms.positions[None] / 10, topology)
-    if atoms.pbc.all():
-        start.unitcell_vectors = atoms.cell.array[None] / 10
-    start.save_pdb(str(path / "topology.pdb"))
-    trajectory = Trajectory(path / "trajectory.xtc", atoms, np.eye(3), 0, 0)
-    cell = atoms.cell.array if atoms.pbc.all() else None
-    for k, now in enumerate(positions):
-        box = cell if boxes is None else boxes[k]
-        trajectory.write(Frame(k, k * frame_ps, now, now * 0, box, 0.0, 0.0, None, now))
-    trajectory.close()
-    table = np.zeros((len(positions), len(COLUMNS)))
-    table[:, 0], table[:, 1], table[:, 2] = np.arange(len(positions)), np.arange(len(positions)) * frame_ps, 300.0
-    table[:, COLUMNS.index("density_g_cm3")] = 1.0 if density is None else density
-    np.savetxt(path / "log.csv", table, delimiter=",", header=",".join(COLUMNS), comments="")
-    return path
-
 
 # --- statistics
 
