@@ -45,6 +45,9 @@ COMMANDS: dict[str, Command] = {
     "export": Command("mdplug.workflows.export", "A model file -> TorchScript.", "model"),
     "bench": Command("mdplug.workflows.bench", "Time potentials and engines; JSON lines."),
     "bench-training": Command("mdplug.workflows.bench_training", "Time training beside mace-torch; JSON lines."),
+    "bench-uncertainty": Command(
+        "mdplug.workflows.bench_uncertainty", "Time what an ensemble costs in MD; JSON lines.", "model"
+    ),
     "doctor": Command("mdplug.workflows.doctor", "What works here, and why not."),
 }
 SHORT = {"output": "-o", "model": "-m"}
