@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -379,3 +379,9 @@ class _Lines:
             self.last, self.said = now, text
             sys.stderr.write(f"{self.title} {done}/{total} {text}\n")
             sys.stderr.flush()
+
+
+def short_name(path: str, paths: Iterable[str]) -> str:
+    """A file's name, with its folder where another file of these has the same name."""
+    one = Path(path)
+    return one.name if sum(Path(p).name == one.name for p in paths) == 1 else f"{one.parent.name}/{one.name}"

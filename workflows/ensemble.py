@@ -20,7 +20,7 @@ from mdplug.potential import Potential
 from mdplug.potentials.members import require_features
 from mdplug.registry import resolve
 from mdplug.workflows._common import Config as BaseConfig
-from mdplug.workflows._common import Progress, disk_errors, provenance, sha256, silent, torch_threads
+from mdplug.workflows._common import Progress, disk_errors, provenance, sha256, short_name, silent, torch_threads
 from mdplug.workflows.dataset import Dataset, Labelled, Loader, read, references_of
 from mdplug.workflows.last_layer import assemble, feature_statistics, gather, members_of, typical_ratio
 
@@ -79,7 +79,8 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
         made, result = _joined(config) if len(config.models) > 1 else _shared(config, progress)
         record = {**provenance(), "models": {p.name: sha256(Path(resolve(p))) for p in config.models}}
         if config.data:
-            record |= {"data_sha256": {p.name: sha256(p) for p in config.data}, "method": config.method}
+            paths = [str(p) for p in config.data]
+            record |= {"data_sha256": {short_name(p, paths): sha256(Path(p)) for p in paths}, "method": config.method}
             record |= {"seed": config.seed, "directions": config.directions, "sigma_scale": result.scale}
         made.spec = replace(made.spec, provenance={**made.spec.provenance, "ensemble": record})
         mdplug.save(made, config.output)

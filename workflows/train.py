@@ -12,7 +12,7 @@ import io
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from mdplug.workflows._common import (
     RunFolder,
     provenance,
     replacing,
+    short_name,
     silent,
     torch_threads,
     write_atomic,
@@ -197,12 +198,6 @@ def _train(config: Config, folder: RunFolder, progress: Progress) -> Result:
     )  # fmt: skip
     folder.summary(**vars(result))
     return result
-
-
-def short_name(path: str, paths: Iterable[str]) -> str:
-    """A file's name, with its folder where another file of these has the same name."""
-    one = Path(path)
-    return one.name if sum(Path(p).name == one.name for p in paths) == 1 else f"{one.parent.name}/{one.name}"
 
 
 def split(config: Config) -> tuple[list[Labelled], list[Labelled], list[str]]:
