@@ -311,7 +311,7 @@ class Loader:
             self._index.append(found.index.to(torch.int32))
             self._shifts.append(found.shifts.to(torch.int16))
         self.n_pairs = np.array([i.shape[1] for i in self._index], dtype=np.int64)
-        self._interaction = [
+        self.interaction = [
             s.energy - sum(self.reference[chemical_symbols[int(z)]] for z in s.system.numbers) for s in self.structures
         ]
 
@@ -320,7 +320,7 @@ class Loader:
         counts = torch.cat([torch.bincount(i[0].long(), minlength=1) for i in self._index])
         counts = counts[counts > 0]
         forces = [s.forces for s in self.structures if s.forces is not None and s.n_atoms > 1]
-        per_atom = [e / s.n_atoms for e, s in zip(self._interaction, self.structures, strict=True) if np.isfinite(e)]
+        per_atom = [e / s.n_atoms for e, s in zip(self.interaction, self.structures, strict=True) if np.isfinite(e)]
         return {
             "mean_neighbours": float(counts.double().mean()) if len(counts) else 1.0,
             "rms_force": float(torch.cat(forces).square().mean().sqrt()) if forces else 1.0,
@@ -358,7 +358,7 @@ class Loader:
         )
         index = torch.cat([self._index[k] for k in chosen], dim=1).to(torch.int64) + offsets
         shifts = torch.cat([self._shifts[k] for k in chosen]).to(torch.int64)
-        energy = torch.tensor([self._interaction[k] for k in chosen], dtype=torch.float64)
+        energy = torch.tensor([self.interaction[k] for k in chosen], dtype=torch.float64)
         weight = torch.tensor([p.weight for p in parts], dtype=torch.float64)
         has = {
             "energy": torch.isfinite(energy),

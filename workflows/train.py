@@ -7,12 +7,13 @@ same call again continues.
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,10 @@ from mdplug.workflows._common import (
     torch_threads,
     write_atomic,
 )
+from mdplug.workflows.bayes import BayesConfig, Problem, WholeModel, finish, sample
+from mdplug.workflows.bayes import Result as BayesResult
+from mdplug.workflows.bayes_last_layer import LastLayer
+from mdplug.workflows.bayes_posterior import Noise
 from mdplug.workflows.dataset import Dataset, Labelled, Loader, fit_reference_energies, read
 from mdplug.workflows.loss import LossConfig
 from mdplug.workflows.trainer import Budget, OptimiserConfig, Trainer
@@ -76,6 +81,9 @@ class Config(BaseConfig):
     patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better validation loss")
     seed: int = 0
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="parts of a batch at a time")
+    bayes: BayesConfig | None = Field(
+        None, description="sample the posterior of the weights instead: an ensemble file; {} takes every default"
+    )
 
     @model_validator(mode="after")
     def _one_beginning(self) -> Config:
@@ -83,6 +91,8 @@ class Config(BaseConfig):
             raise ValueError("start brings architecture, cutoff_A and model with it; give one or the other")
         if self.start is None and not (self.architecture and self.cutoff_A):
             raise ValueError("give architecture and cutoff_A, or start (a model file)")
+        if self.bayes is not None and self.bayes.last_layer and self.start is None:
+            raise ValueError("bayes.last_layer samples readouts of a trained model; give start")
         return self
 
 
@@ -113,7 +123,7 @@ class Result:
         return text + (f"; stopped: {self.stopped}" if self.stopped else "")
 
 
-def run(config: Config, *, progress: Progress = silent) -> Result:
+def run(config: Config, *, progress: Progress = silent) -> Result | BayesResult:
     """Train, or continue training.
 
     Raises:
@@ -128,28 +138,53 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
         RunFolder(config.output, "train", config, inputs=inputs, may_change=("threads",)) as folder,
         torch_threads(1),
     ):
-        return _train(config, folder, progress)
+        setup = _prepare(config, folder, progress)
+        if config.bayes is not None:
+            return _sample(config, config.bayes, setup, folder, progress)
+        return _train(config, setup, folder, progress)
 
 
-def _train(config: Config, folder: RunFolder, progress: Progress) -> Result:
+@dataclass
+class Setup:
+    """What training and sampling begin with.
+
+    Attributes:
+        train, valid: structures. loader, held: their batches; None without validation structures.
+        potential: untrained or loaded, to be trained. make: the same for the k-th of several chains.
+        notes: what was noticed. record: provenance of what will be made.
+    """
+
+    train: list[Labelled]
+    valid: list[Labelled]
+    loader: Loader
+    held: Loader | None
+    potential: Potential
+    make: Callable[[int], Potential]
+    notes: list[str]
+    record: dict[str, Any]
+
+
+def _prepare(config: Config, folder: RunFolder, progress: Progress) -> Setup:
     progress(0, 0, "reading labels")
     train, valid, notes = split(config)
-    generator = torch.Generator().manual_seed(config.seed)
     if config.start is not None:
-        loaded = mdplug.load(config.start, dtype=config.dtype, radial="exact")
-        if not isinstance(loaded, Potential):
-            raise InputError(f"{config.start} is an exported file; training starts from a .safetensors model file")
-        potential: Potential = loaded.without_kernels().requires_grad_(True).train()
+        potential = _loaded(config).without_kernels().requires_grad_(True).train()
         reference = dict(potential.spec.atomic_energies.get(potential.spec.heads[potential.head or 0], {}))
-        _check_known(train + valid, reference)
-        loader = Loader(train, potential.cutoff, reference, config.batch_pairs)
     else:
         reference, note = _reference(config, train)
         notes.append(note)
-        _check_known(train + valid, reference)
-        progress(0, 0, f"finding pairs of {len(train)} structures")
-        loader = Loader(train, float(config.cutoff_A or 0.0), reference, config.batch_pairs)
-        potential = _untrained(config, loader, reference, generator)
+    _check_known(train + valid, reference)
+    progress(0, 0, f"finding pairs of {len(train)} structures")
+    cutoff = float(config.cutoff_A or 0.0) if config.start is None else potential.cutoff
+    loader = Loader(train, cutoff, reference, config.batch_pairs)
+
+    def make(chain: int) -> Potential:
+        if config.start is not None:
+            return copy.deepcopy(potential)
+        return _untrained(config, loader, reference, torch.Generator().manual_seed(config.seed + chain))
+
+    if config.start is None:
+        potential = make(0)
     held = Loader(valid, potential.cutoff, reference, config.batch_pairs) if valid else None
     n_parameters = sum(p.numel() for p in potential.parameters())
     notes.append(f"{n_parameters} parameters; statistics of the labels: {loader.statistics()}")
@@ -162,8 +197,36 @@ def _train(config: Config, folder: RunFolder, progress: Progress) -> Result:
         "n_train": len(train),
         "n_valid": len(valid),
     }
+    return Setup(train, valid, loader, held, potential, make, notes, record)
+
+
+def _loaded(config: Config) -> Potential:
+    loaded = mdplug.load(config.start or "", dtype=config.dtype, radial="exact")
+    if not isinstance(loaded, Potential):
+        raise InputError(f"{config.start} is an exported file; training starts from a .safetensors model file")
+    return loaded
+
+
+def _sample(config: Config, bayes: BayesConfig, setup: Setup, folder: RunFolder, progress: Progress) -> BayesResult:
+    shown = (setup.valid or setup.train)[: bayes.probe_structures]
+    probed = Loader(shown, setup.loader.cutoff, setup.loader.reference, config.batch_pairs)
+    energies, forces = config.loss.energy > 0, config.loss.forces > 0
+    problem: Problem
+    if bayes.last_layer:
+        progress(0, 0, "features of every structure, pulled back to the positions")
+        problem = LastLayer(_loaded(config), setup.loader, probed, bayes, config.seed, energies, forces)
+    else:
+        noise = Noise.of(setup.loader, bayes, energies, forces)
+        problem = WholeModel(setup.make, setup.loader, probed, noise, bayes, config.seed)
+    chains = sample(problem, bayes, folder, config.seed, config.threads, progress)
+    held = setup.held if setup.held is not None else setup.loader
+    return finish(problem, bayes, chains, held, config.name, setup.record, folder, setup.notes)
+
+
+def _train(config: Config, setup: Setup, folder: RunFolder, progress: Progress) -> Result:
+    potential, record, notes = setup.potential, setup.record, setup.notes
     trainer = Trainer(
-        potential, loader, held, config.loss, config.optimiser,
+        potential, setup.loader, setup.held, config.loss, config.optimiser,
         Budget(config.epochs, config.max_minutes, config.patience), config.seed, folder / "checkpoint.pt",
         config.threads,
     )  # fmt: skip
@@ -193,8 +256,8 @@ def _train(config: Config, folder: RunFolder, progress: Progress) -> Result:
     state = trainer.state
     plot(state.history, folder / "learning_curve.png")
     result = Result(
-        folder / "model.safetensors", state.best_epoch, state.history[state.best_epoch - 1], len(train), len(valid),
-        state.stopped, notes,
+        folder / "model.safetensors", state.best_epoch, state.history[state.best_epoch - 1],
+        len(setup.train), len(setup.valid), state.stopped, notes,
     )  # fmt: skip
     folder.summary(**vars(result))
     return result
