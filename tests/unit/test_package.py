@@ -45,10 +45,10 @@ def test_import_is_light():
 
 
 def test_file_sizes():
-    """The core (mdplug/ without engines and kernels) under 3,000 lines, every file under 400."""
+    """The core (mdplug/ without engines and kernels) under 3,500 lines, uncertainty included; every file under 400."""
     outside = {ROOT / "mdplug" / "engines", ROOT / "mdplug" / "kernels"}
     files = [p for p in (ROOT / "mdplug").rglob("*.py") if not outside & set(p.parents)]
-    assert sum(len(p.read_text().splitlines()) for p in files) < 3000
+    assert sum(len(p.read_text().splitlines()) for p in files) < 3500
     for folder in MAPPED.values():
         for path in (ROOT / folder).rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 400, path
