@@ -125,17 +125,14 @@ class Regression:
         return torch.ones(self.n_weights, dtype=torch.float64)
 
 
-def walk(target, start=None, seed=1, **options):
+def options_of(**given):
+    most = {"approach_steps": 300, "learning_rate": 0.03, "burn_in_steps": 200, "samples": 600, "thinning": 4}
+    return SamplerConfig(**(most | {"full_batch": True} | given))
+
+
+def walk(target, start=None, seed=1, **given):
     """(n, P) samples."""
-    given = {
-        "approach_steps": 300,
-        "learning_rate": 0.03,
-        "burn_in_steps": 200,
-        "samples": 600,
-        "thinning": 4,
-        "full_batch": True,
-    } | options
-    config = SamplerConfig(**given)
+    config = options_of(**given)
     start = torch.zeros(target.n_weights, dtype=torch.float64) if start is None else start
     chain = Chain(target, config, seed, start, lambda position: position.clone())
     while not chain.done:
@@ -280,7 +277,7 @@ def test_a_chain_that_is_taken_up_again_goes_the_same_way(options):
     target = Regression(batch=6, copies=1)
     given = {"samples": 50, "approach_steps": 30, "burn_in_steps": 40} | options
     whole, _ = walk(target, **given)
-    config = SamplerConfig(**({"thinning": 4, "full_batch": True} | given))
+    config = options_of(**given)
 
     def chain():
         return Chain(target, config, 1, torch.zeros(4, dtype=torch.float64), lambda position: position.clone())
