@@ -240,6 +240,8 @@ class Ensemble(Composed):
         energies, pull = self.part_pulls(*arguments)
 
         def pull_members(cotangents: Dict[str, Tensor]) -> Tensor:
+            if list(cotangents) == ["atom_energy"]:  # as `local_with_gradient`, to the last bit
+                return pull(cotangents["atom_energy"].expand_as(energies)) / len(energies)
             each = cotangents.get("member_atom_energy", torch.zeros_like(energies))
             if "atom_energy" in cotangents:
                 each = each + cotangents["atom_energy"] / len(energies)

@@ -6,7 +6,7 @@ from typing import Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from mdplug.deployed import Deployed, deploy, head_of, totals
+from mdplug.deployed import Deployed, call, deploy, energy_of, head_of, totals
 from mdplug.errors import InputError
 from mdplug.pairs import Pairs
 from mdplug.potential import Model
@@ -46,7 +46,7 @@ def of_energies(out: Dict[str, Tensor], system_index: Tensor, n_structures: int)
     """From what an evaluation returned, at no cost.
 
     Args:
-        out: with "member_atom_energy" (M, N) eV. system_index: (N,).
+        out: with "member_atom_energy" (M, N) eV, and whatever of `call_with_sigma`. system_index: (N,).
     """
     members = out["member_atom_energy"]
     energy = members.new_zeros((members.shape[0], n_structures), dtype=torch.float64)
@@ -56,7 +56,9 @@ def of_energies(out: Dict[str, Tensor], system_index: Tensor, n_structures: int)
         energy.std(dim=0),
         members.std(dim=0),
         energy,
-        distance=out.get("feature_distance"),
+        out.get("forces_sigma"),
+        out.get("virial_sigma"),
+        out.get("feature_distance"),
     )
 
 
@@ -105,6 +107,48 @@ def linearised(model: Model, system: AtomicSystem, pairs: Pairs) -> Tuple[Dict[s
     return out, pulled
 
 
+def _sigma(out: Dict[str, Tensor], pulled: Pulled, weights: Tensor) -> Dict[str, Tensor]:
+    """ "forces_sigma" and "virial_sigma" from mixtures of members, (m, M)."""
+    members = out["member_atom_energy"]
+    squares: List[Tensor] = []
+    virials: List[Tensor] = []
+    for z in weights.to(members):
+        forces, virial = pulled({"member_atom_energy": z.unsqueeze(1).expand_as(members)})
+        squares.append(forces.square().sum(dim=1))
+        virials.append(virial.square())
+    return {
+        "forces_sigma": torch.stack(squares).mean(dim=0).sqrt(),
+        "virial_sigma": torch.stack(virials).mean(dim=0).sqrt(),
+    }
+
+
+def call_with_sigma(
+    deployed: Model, system: AtomicSystem, pairs: Pairs, probes: Optional[int] = None, seed: int = 0
+) -> Dict[str, Tensor]:
+    """What `call` gives with forces, to the last bit, and the disagreement on forces and virial.
+
+    With a written adjoint both come from one forward pass: m mixtures cost m adjoints, nothing else.
+
+    Args:
+        deployed: with members (see `has_members`). probes: m; None: M - 1, exact. seed: of the mixtures.
+
+    Returns:
+        as `call`, and "forces_sigma" (N,) float64 eV/A, "virial_sigma" (S, 3, 3) float64 eV.
+
+    Raises:
+        InputError: an exported file, or a long-range part.
+    """
+    out, pulled = linearised(deployed, system, pairs)
+    if isinstance(deployed, Deployed) and deployed.written:
+        result = dict(out)
+        result["energy"] = energy_of(out["atom_energy"], system.system_index, system.cell)
+        result["forces"], result["virial"] = pulled({"atom_energy": torch.ones_like(out["atom_energy"])})
+    else:  # its vectors come from another place, and could differ in the last bit
+        result = dict(call(deployed, system, pairs))
+    weights = mixtures(out["member_atom_energy"].shape[0], probes, torch.Generator().manual_seed(seed))
+    return {**result, **_sigma(out, pulled, weights)}
+
+
 def uncertainty(
     model: Model,
     system: AtomicSystem,
@@ -126,16 +170,6 @@ def uncertainty(
     if not has_members(model):
         raise InputError(f"potential {model.spec.name!r} has no members to disagree; make an ensemble first")
     out, pulled = linearised(model, system, pairs)
-    found = of_energies(out, system.system_index, system.cell.shape[0])
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    weights = mixtures(found.members, probes, generator).to(out["member_atom_energy"])
-    squares: List[Tensor] = []
-    virials: List[Tensor] = []
-    for z in weights:
-        forces, virial = pulled({"member_atom_energy": z.unsqueeze(1).expand_as(out["member_atom_energy"])})
-        squares.append(forces.square().sum(dim=1))
-        virials.append(virial.square())
-    return Uncertainty(
-        found.members, found.energy, found.atom_energy, found.member_energy,
-        torch.stack(squares).mean(dim=0).sqrt(), torch.stack(virials).mean(dim=0).sqrt(), found.distance,
-    )  # fmt: skip
+    weights = mixtures(out["member_atom_energy"].shape[0], probes, generator)
+    return of_energies({**out, **_sigma(out, pulled, weights)}, system.system_index, system.cell.shape[0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +17,12 @@ from mdplug.deployed import call, check_species, deploy
 from mdplug.pairs import PairList
 from mdplug.potential import Model, device_of
 from mdplug.system import AtomicSystem
+from mdplug.uncertainty import Uncertainty, call_with_sigma, has_members, of_energies
 
 if TYPE_CHECKING:
     from ase import Atoms
 
+EXACT = (None, 0)  # probes: all there are; seed
 _INFO = ("charge", "spin")
 _VOIGT = [0, 4, 8, 5, 2, 1]  # xx yy zz yz xz xy in a flat matrix
 _ARRAYS = ("positions", "numbers", "initial_charges", "initial_magmoms")
@@ -39,6 +43,11 @@ class Calculator(AseCalculator):
     xy, tension positive; only with three periodic directions) and, where the potential has them, "charges" (e).
     `atoms.info["charge"]` (e) and `atoms.info["spin"]` (2S+1) are read.
 
+    Where the potential has M members, every evaluation also gives their standard deviations (ddof = 1, as they are)
+    "energy_sigma" (eV, of the total energy) and "energies_sigma" (per atom, eV), and "energy_members" (M totals, eV).
+    "forces_sigma" (N,) eV/A, the root of the summed variances of the components, comes when it is asked for
+    (`get_property("forces_sigma")`), at the cost of M - 1 more sets of forces, or estimated inside `probing`.
+
     It has no options: dtype, device and head belong to `mdplug.load`.
 
     Args:
@@ -57,6 +66,12 @@ class Calculator(AseCalculator):
         self.implemented_properties = ["energy", "free_energy", "forces", "energies", "stress"]
         if "charge" in self.spec.outputs:
             self.implemented_properties.append("charges")
+        self.has_members = has_members(self.potential)
+        if self.has_members:
+            self.implemented_properties += ["energy_sigma", "energies_sigma", "energy_members", "forces_sigma"]
+        self.uncertainty: Uncertainty | None = None  # of the results
+        self._probing: tuple[int | None, int] | None = None  # probes, seed
+        self._probed: tuple[int | None, int] | None = None  # of the results
         self._pairs = PairList(self.spec.cutoff)
         self._known: tuple[tuple[Any, ...], bytes, AtomicSystem, np.ndarray, float, float] | None = None
         if not self.spec.conservative:
@@ -87,7 +102,13 @@ class Calculator(AseCalculator):
             self.atoms = atoms.copy()
         current: Any = self.atoms
         system, reference, total, volume = self._system(current)
-        out = call(self.potential, system, self._pairs.update(system))
+        pairs, probing = self._pairs.update(system), self._probing
+        if probing is None and "forces_sigma" in (properties or ()):
+            probing = EXACT
+        if probing is None:
+            out = call(self.potential, system, pairs)
+        else:
+            out = call_with_sigma(self.potential, system, pairs, *probing)
         energy = float(out["energy"]) + total
         results = {
             "energy": energy,
@@ -99,7 +120,32 @@ class Calculator(AseCalculator):
             results["stress"] = out["virial"].cpu().numpy().reshape(9)[_VOIGT] / -volume
         if "charge" in out:
             results["charges"] = out["charge"].cpu().numpy().astype(np.float64)
+        if self.has_members:
+            self.uncertainty = found = of_energies(out, system.system_index, 1)
+            results["energy_sigma"] = float(found.energy)
+            results["energies_sigma"] = found.atom_energy.cpu().numpy().astype(np.float64)
+            results["energy_members"] = found.member_energy[:, 0].cpu().numpy() + total
+            if found.forces is not None:
+                results["forces_sigma"] = found.forces.cpu().numpy()
+        self._probed = probing
         self.results = results
+
+    @contextmanager
+    def probing(self, probes: int | None, seed: int = 0) -> Iterator[None]:
+        """Inside the block every evaluation also gives "forces_sigma", from so many random mixtures of members.
+
+        Energy and forces stay the same to the last bit; each mixture costs one adjoint.
+
+        Args:
+            probes: mixtures; None: M - 1, exact. seed: of the mixtures.
+        """
+        self._probing = (probes, seed)
+        if self._probed != self._probing:
+            self.results.pop("forces_sigma", None)  # of others
+        try:
+            yield
+        finally:
+            self._probing = None
 
     def _system(self, atoms: Atoms) -> tuple[AtomicSystem, np.ndarray, float, float]:
         """The system, reference energy of each atom (N,) and their sum in eV, volume in A^3.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from contract import check_derivatives, liquid
 from mace_models import CONTRACT, box, build
+from member_models import arguments, ensemble, shared
 
 import mdplug
 from mdplug import kernels
@@ -18,34 +19,7 @@ from mdplug.pairs import pairs
 from mdplug.potentials.members import SharedMembers
 from mdplug.potentials.pair import LennardJones
 from mdplug.system import AtomicSystem, batch
-from mdplug.uncertainty import linearised, mixtures, uncertainty
-
-
-def shared(options=None, members=5, seed=0, dtype="float64"):
-    body = build(options or {}, dtype=dtype)
-    system = box()
-    width = body.local(*_arguments(body, system))["features"].shape[1]
-    made = SharedMembers.of(body, members, width)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        made.weight.copy_(0.1 * torch.randn(made.weight.shape, generator=generator, dtype=torch.float64))
-        made.offset.copy_(0.1 * torch.randn(made.offset.shape, generator=generator, dtype=torch.float64))
-        made.centre.fill_(0.1)
-        made.scale.fill_(0.7)
-    return made.requires_grad_(False).eval()
-
-
-def _arguments(model, system):
-    found = pairs(system, model.cutoff)
-    return (
-        system.numbers, found.index, found.vectors, len(system.numbers), system.system_index, system.total_charge,
-        system.total_spin, system.head,
-    )  # fmt: skip
-
-
-def ensemble(members=4):
-    return Ensemble.of([build({}, seed=10 * k) for k in range(members)]).requires_grad_(False)
-
+from mdplug.uncertainty import call_with_sigma, linearised, mixtures, uncertainty
 
 FORMS = {
     "definition": lambda model: model,
@@ -104,10 +78,10 @@ def test_pulled_member_forces_are_slopes_of_member_energies(kind, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_output_of_a_body_pulls_back_alike(form):
     model, system = made("shared", form), box()
-    arguments = _arguments(model, system)
+    given = arguments(model, system)
     reference = shared()
-    out, pull = reference.local_with_pull(*arguments)
-    other, other_pull = model.local_with_pull(*arguments)
+    out, pull = reference.local_with_pull(*given)
+    other, other_pull = model.local_with_pull(*given)
     tolerance = 1e-10 if form != "kernels, tables" else 2e-4
     generator = torch.Generator().manual_seed(3)
     for key in ("atom_energy", "features", "member_atom_energy", "feature_distance"):
@@ -117,6 +91,27 @@ def test_every_output_of_a_body_pulls_back_alike(form):
             got = other_pull({key: cotangent})
         wanted = pull({key: cotangent})
         assert torch.allclose(got, wanted, atol=tolerance * 30, rtol=tolerance), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["shared", "three", "biased", "plain parts"])
+def test_looking_at_the_disagreement_changes_no_bit(kind, form, dtype):
+    if form != "definition" and not kernels.available():
+        pytest.skip(kernels.why_not())
+    model = {
+        "shared": shared,
+        "three": lambda: ensemble(3),  # a third of a force is rounded
+        "biased": lambda: Biased.of(shared(), 1.0),
+        "plain parts": lambda: Ensemble.of([LennardJones.new(0.02, 2.2, 3.5), LennardJones.new(0.01, 2.0, 3.4)]),
+    }[kind]()
+    deployed, system = deploy(FORMS[form](model.to(dtype))), box()
+    found = pairs(system, deployed.cutoff)
+    plain, watched = call(deployed, system, found), call_with_sigma(deployed, system, found, probes=2, seed=5)
+    assert set(watched) - set(plain) == {"forces_sigma", "virial_sigma"}
+    for key, value in plain.items():
+        assert torch.equal(value, watched[key]), key
+    assert watched["forces_sigma"].min() > 0
 
 
 def test_sigma_of_forces_is_the_spread_of_member_forces():

@@ -30,6 +30,7 @@ from mdplug.pairs import PairList, Pairs
 from mdplug.potential import Model
 from mdplug.spec import Spec
 from mdplug.system import AtomicSystem
+from mdplug.uncertainty import Uncertainty, call_with_sigma, has_members, of_energies
 from mdplug.units import KJ_MOL_PER_EV, NM
 
 PREFIX = "mdplug-force-"  # of the names of our forces; what follows finds the callable
@@ -61,8 +62,8 @@ class Plug:
         evaluations: how often the model has been run.
         memo_hits: how often a stored result was handed out instead.
         error: the exception that stopped the last evaluation, or None.
-        last: the newest result: "energy" eV (float), "forces" (n, 3) eV/A or None, "virial" (3, 3) eV or None, and
-            what else the potential returns, as tensors.
+        last: the newest result: "positions" (n, 3) A and "box" (3, 3) A or None that it is of; "energy" eV (float),
+            "forces" (n, 3) eV/A or None, "virial" (3, 3) eV or None, and what else the potential returns, as tensors.
     """
 
     def __init__(self, source: Model | ModelFile, options: dict[str, Any]):
@@ -84,9 +85,10 @@ class Plug:
         self.last: dict[str, Any] | None = None
         self._source = source
         self._wants_forces = True
+        self._probing: tuple[int | None, int] | None = None  # probes, seed
         self._known: tuple[AtomicSystem, np.ndarray | None] | None = None
         self._lock = threading.Lock()
-        self._memo: deque[tuple[np.ndarray, np.ndarray | None, dict[str, Any]]] = deque(maxlen=MEMO)
+        self._memo: deque[dict[str, Any]] = deque(maxlen=MEMO)
         self._lists: deque[PairList] = deque(maxlen=LISTS)
 
     @cached_property
@@ -123,6 +125,29 @@ class Plug:
         finally:
             self._wants_forces = True
 
+    @contextmanager
+    def probing(self, probes: int | None, seed: int = 0) -> Iterator[None]:
+        """Inside the block evaluations also measure how far members disagree on forces; see `uncertainty`.
+
+        Energy and forces stay the same to the last bit: `getState(getEnergy=True)` in here shares its evaluation with
+        the step that follows, and each mixture costs one adjoint more. Args: see `uncertainty.call_with_sigma`.
+        """
+        self._probing = (probes, seed)
+        try:
+            yield
+        finally:
+            self._probing = None
+
+    def uncertainty(self) -> Uncertainty | None:
+        """How far members disagree at the positions of `last`, on forces too if that came from inside `probing`.
+
+        None: nothing has been evaluated, or the potential has no members.
+        """
+        if self.last is None or not has_members(self.potential):
+            return None
+        index = torch.zeros(len(self.numbers), dtype=torch.int64, device=self._device)
+        return of_energies(self.last, index, 1)
+
     def __call__(self, state: openmm.State) -> tuple[float, np.ndarray]:
         """What OpenMM calls: energy in kJ/mol and forces (n, 3) in kJ/mol/nm.
 
@@ -152,8 +177,9 @@ class Plug:
             SimulationError: the guard's refusals.
         """
         with self._lock:
-            for at, around, known in reversed(self._memo):
-                same = _equal(at, positions) and _equal(around, box)
+            for known in reversed(self._memo):
+                same = _equal(known["positions"], positions) and _equal(known["box"], box)
+                same = same and self._probing in (None, known["probing"])
                 if same and (known["forces"] is not None or not forces):
                     self.memo_hits += 1
                     self.last = known
@@ -172,8 +198,9 @@ class Plug:
             except OSError as reason:  # a full or read-only disk must not hide what went wrong
                 error.add_note(f"the offending frame could not be saved: {reason}")
             raise
+        result |= {"positions": positions, "box": box, "probing": self._probing}
         with self._lock:
-            self._memo.append((positions, box, result))
+            self._memo.append(result)
             self.last = result
         return result
 
@@ -181,7 +208,10 @@ class Plug:
         pairs = self._pairs(system)
         with self._lock:
             self.evaluations += 1
-        result: dict[str, Any] = dict(call(self._deployed, system, pairs, forces))
+        if self._probing is None:
+            result: dict[str, Any] = dict(call(self._deployed, system, pairs, forces))
+        else:
+            result = dict(call_with_sigma(self._deployed, system, pairs, *self._probing))
         result["energy"] = float(result["energy"])
         result["forces"] = result["forces"].cpu().numpy() if forces else None
         result["virial"] = result["virial"][0].cpu().numpy() if forces else None
@@ -220,7 +250,7 @@ class Plug:
 
     def _save(self, positions: np.ndarray, box: np.ndarray | None) -> None:
         if self.options["bad_frame"] is not None:
-            good = [("last good", self.numbers, at, around) for at, around, _ in list(self._memo)[-1:]]
+            good = [("last good", self.numbers, one["positions"], one["box"]) for one in list(self._memo)[-1:]]
             write_frames(self.options["bad_frame"], [*good, ("offending", self.numbers, positions, box)])
 
     def __reduce__(self) -> tuple[Any, ...]:
