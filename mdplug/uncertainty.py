@@ -9,7 +9,7 @@ from torch import Tensor
 from mdplug.deployed import Deployed, call, deploy, energy_of, head_of, totals
 from mdplug.errors import InputError
 from mdplug.pairs import Pairs
-from mdplug.potential import Model
+from mdplug.potential import Model, Potential
 from mdplug.system import AtomicSystem
 
 Pulled = Callable[[Dict[str, Tensor]], Tuple[Tensor, Tensor]]  # cotangents -> forces (N, 3) eV/A, virial (S, 3, 3) eV
@@ -26,6 +26,7 @@ class Uncertainty:
         forces: (N,) eV/A, the root of the sum of the variances of the three components; None: not asked for.
         virial: (S, 3, 3) float64 eV, or None.
         distance: (N,) "feature_distance" of the potential, about 1 inside its training data; or None.
+        bias: (S,) float64 eV, what a `Biased` potential adds to the energy; or None.
     """
 
     members: int
@@ -35,11 +36,17 @@ class Uncertainty:
     forces: Optional[Tensor] = None
     virial: Optional[Tensor] = None
     distance: Optional[Tensor] = None
+    bias: Optional[Tensor] = None
 
 
 def has_members(model: Model) -> bool:
     """Whether a potential has members to compare."""
     return "member_atom_energy" in model.spec.outputs
+
+
+def has_forces_of_members(model: Model) -> bool:
+    """Whether members can be compared by their forces too: not those of an exported file."""
+    return has_members(model) and not model.spec.long_range and isinstance(model, Potential | Deployed)
 
 
 def of_energies(out: Dict[str, Tensor], system_index: Tensor, n_structures: int) -> Uncertainty:
@@ -51,6 +58,9 @@ def of_energies(out: Dict[str, Tensor], system_index: Tensor, n_structures: int)
     members = out["member_atom_energy"]
     energy = members.new_zeros((members.shape[0], n_structures), dtype=torch.float64)
     energy.index_add_(1, system_index, members.to(torch.float64))
+    bias = out.get("bias_energy")
+    if bias is not None:
+        bias = energy.new_zeros(n_structures).index_add_(0, system_index, bias.to(torch.float64))
     return Uncertainty(
         members.shape[0],
         energy.std(dim=0),
@@ -59,6 +69,7 @@ def of_energies(out: Dict[str, Tensor], system_index: Tensor, n_structures: int)
         out.get("forces_sigma"),
         out.get("virial_sigma"),
         out.get("feature_distance"),
+        bias,
     )
 
 

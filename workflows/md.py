@@ -2,6 +2,12 @@
 
 The run folder holds config.yaml, topology.pdb, trajectory.xtc (or .dcd, .extxyz), log.csv, log.png, checkpoint.npz,
 final.extxyz and summary.yaml.
+
+A potential with members is watched (md_watch.py): log.csv has sigma_energy_eV (of the total energy), and
+sigma_forces_max_eV_A with its atom; members.csv has the potential energy of each member and sigma_forces_eV_A.npy the
+sigma of each atom, a row for each frame of the trajectory; events.csv says when the limit was passed; uncertain.extxyz
+holds frames above it. With policy bias, potential_energy_eV holds bias_energy_eV; the average of a quantity without the
+bias is that of exp(bias_log_weight) times it over that of exp(bias_log_weight), since the bias does not depend on time.
 """
 
 from __future__ import annotations
@@ -9,17 +15,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from pydantic import Field
 
 from mdplug.errors import InputError, SimulationError
 from mdplug.registry import resolve
 from mdplug.units import PS
 from mdplug.workflows._bonds import bond_lengths, bonds_of, broken_bonds, made_whole
 from mdplug.workflows._common import (
-    ModelConfig,
     Progress,
     RunFolder,
     Stopped,
@@ -29,10 +33,12 @@ from mdplug.workflows._common import (
     write_atomic,
 )
 from mdplug.workflows._structures import read_structures
+from mdplug.workflows.md_config import Config, Schedule
 from mdplug.workflows.md_files import (
     Frame,
     Log,
     Trajectory,
+    bare_frame,
     extxyz_text,
     kinetic_energies,
     plot_log,
@@ -42,40 +48,28 @@ from mdplug.workflows.md_files import (
     write_checkpoint,
 )
 from mdplug.workflows.md_start import minimised, turned
+from mdplug.workflows.md_watch import Uncertain, Watch, rule_of
 
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from mdplug.uncertainty import Uncertainty
+    from mdplug.workflows.md_monitor import Probing
+
 LOOK_S = 0.5  # between two looks at signals and at atoms that fly apart
 NS_DAY = 86.4e-3  # ns/day of one fs/s
-
-
-class Config(ModelConfig):
-    """Options of `mdplug md`."""
-
-    structure: Path = Field(description="structure file: box.xyz of `mdplug build`, PDB, CIF, ... (last frame)")
-    output: Path = Field(Path("md"), description="run folder")
-    engine: Literal["openmm", "ase"] = Field("openmm", description="openmm or ase")
-    ensemble: Literal["nve", "nvt", "npt"] = Field("nvt", description="nve, nvt or npt")
-    temperature_K: float = Field(300.0, gt=0, description="temperature in K")
-    pressure_bar: float = Field(1.0, description="pressure in bar (npt)")
-    time_ps: float = Field(10.0, gt=0, description="total time in ps; a larger one continues a finished run")
-    timestep_fs: float = Field(0.5, gt=0, le=10, description="time step in fs")
-    friction_per_ps: float = Field(1.0, gt=0, description="friction of the Langevin thermostat in 1/ps")
-    barostat_steps: int = Field(25, ge=1, description="steps between moves of OpenMM's Monte-Carlo barostat")
-    hydrogen_mass_amu: float | None = Field(None, gt=0, description="heavier hydrogens in amu; default: real masses")
-    seed: int = Field(1, ge=0, description="seed of velocities, thermostat and barostat")
-    format: Literal["xtc", "dcd", "extxyz"] = Field("xtc", description="trajectory: xtc, dcd or extxyz")
-    frame_ps: float = Field(0.05, gt=0, description="time between trajectory frames in ps")
-    log_ps: float = Field(0.01, gt=0, description="time between log rows in ps")
-    checkpoint_ps: float = Field(0.25, gt=0, description="time between checkpoints in ps")
-    minimise: bool = Field(True, description="relax the positions first")
-    minimise_steps: int = Field(200, ge=1, description="at most so many steps of it")
-    minimise_fmax_eV_A: float = Field(0.1, gt=0, description="down to this force in eV/A")
-    max_force_eV_A: float = Field(100.0, gt=0, description="a larger force in eV/A stops the run")
-    max_atom_energy_eV: float = Field(10.0, gt=0, description="a larger kinetic energy of an atom in eV stops the run")
-    platform: str | None = Field(None, description="OpenMM platform; default: Reference, or CUDA with device cuda")
-    allow_non_conservative: bool = Field(False, description="NVE and NPT with forces that are no gradient")
+NO_MEAN = ("step", "time_ps", "sigma_atom")
+# What a run that goes on may do otherwise: nothing that moves atoms.
+MAY_CHANGE = (
+    "time_ps",
+    "threads",
+    "policy",
+    "sigma_max_eV_A",
+    "sigma_max_eV",
+    "distance_max",
+    "collect_max",
+    "collect_ps",
+)
 
 
 @dataclass
@@ -89,6 +83,8 @@ class Result:
         log: columns of log.csv. picture: the same drawn. trajectory: its file. frames: in it.
         bonds_broken: bonds of the topology that are stretched beyond 1.6 times their length at the start, at the end.
         continued: this call went on from a checkpoint.
+        watched: of an ensemble: "events" above the limit, frames "collected", "largest" disagreement at "largest_step",
+            ...; empty without members.
     """
 
     folder: Path
@@ -103,6 +99,7 @@ class Result:
     frames: int
     bonds_broken: int
     continued: bool
+    watched: dict[str, Any]
 
 
 class Engine(Protocol):
@@ -115,37 +112,13 @@ class Engine(Protocol):
     @property
     def step(self) -> int: ...
     def prepare(self) -> None: ...
-    def advance(self, steps: int) -> None: ...
+    def advance(self, steps: int, probing: Probing | None = None) -> None: ...
+    def uncertainty(self, probing: Probing | None) -> Uncertainty: ...
     def frame(self) -> Frame: ...
     def phase(self) -> tuple[np.ndarray, np.ndarray]: ...
     def box(self) -> np.ndarray | None: ...
     def save(self) -> dict[str, np.ndarray]: ...
     def load(self, arrays: dict[str, np.ndarray]) -> bool: ...
-
-
-@dataclass
-class _Schedule:
-    """In steps."""
-
-    total: int
-    frame: int
-    log: int
-    checkpoint: int
-
-    @classmethod
-    def of(cls, config: Config) -> _Schedule:
-        def steps(time_ps: float) -> int:
-            return max(1, round(time_ps * PS / config.timestep_fs))
-
-        checkpoint = steps(config.checkpoint_ps)
-        if config.ensemble == "npt" and config.engine == "openmm":
-            # The barostat starts to count anew at a checkpoint: with shorter intervals it would never move.
-            checkpoint = -(-checkpoint // config.barostat_steps) * config.barostat_steps
-        return cls(steps(config.time_ps), steps(config.frame_ps), steps(config.log_ps), checkpoint)
-
-    def next_event(self, step: int) -> int:
-        every = (self.frame, self.log, self.checkpoint)
-        return min(self.total, *((step // n + 1) * n for n in every))
 
 
 def run(config: Config, *, progress: Progress = silent) -> Result:
@@ -155,6 +128,7 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
         InputError: a structure, option or model that cannot be right.
         RunFolderError: a folder of another run, a full or read-only disk.
         SimulationError: the guard stopped the run; last_good.extxyz holds the last good frame.
+        Uncertain: the policy stop ended it (a SimulationError, too).
         Stopped: a signal stopped it; the same call goes on.
     """
     atoms = config.prepared(read_structures(config.structure)[-1])
@@ -162,7 +136,7 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
     with (
         catch_signals() as caught,
         torch_threads(config.threads),
-        RunFolder(config.output, "md", config, inputs=inputs, may_change=("time_ps", "threads")) as folder,
+        RunFolder(config.output, "md", config, inputs=inputs, may_change=MAY_CHANGE) as folder,
     ):
         return _Run(config, atoms, folder, caught, progress)()
 
@@ -170,15 +144,24 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
 class _Run:
     def __init__(self, config: Config, atoms: Atoms, folder: RunFolder, caught: Any, progress: Progress):
         self.config, self.folder, self.caught, self.progress = config, folder, caught, progress
-        self.schedule = _Schedule.of(config)
+        self.schedule = Schedule.of(config)
         self.bonds = bonds_of(atoms)
         self.atoms, self.rotation = turned(made_whole(atoms, self.bonds))
-        self.potential = config.load_model()
+        plain = self.potential = config.load_model()
+        if (config.policy == "bias") != (config.bias_strength is not None):
+            raise InputError("policy bias and bias_strength belong together; give both or none")
+        if config.bias_strength is not None:
+            from mdplug.biased import Biased
+
+            self.potential = Biased.of(plain, config.bias_strength)
+        self.rule = rule_of(config, self.potential)
+        if self.rule is not None:
+            self.schedule.look = self.rule.every
         self.checkpoint = folder / "checkpoint.npz"
         self.continued = self.checkpoint.exists()
         self.start = self.atoms
         if config.minimise and not self.continued:
-            self.start = minimised(self.atoms, self.potential, config, self.caught, self._minimising)
+            self.start = minimised(self.atoms, plain, config, self.caught, self._minimising)
         self.engine = self._engine()
         self.exact = True
 
@@ -210,27 +193,37 @@ class _Run:
         if self.continued:
             arrays, record = read_checkpoint(self.checkpoint)
             self.exact = self.engine.load(arrays)
+        self.watch: Watch | None = None
+        if self.rule is not None:
+            watched = record.get("watch")
+            self.watch = Watch(
+                self.config, self.rule, self.potential, self.atoms, self.rotation, self.folder.path, watched
+            )
         path = self.folder / f"trajectory.{self.config.format}"
         self.trajectory = Trajectory(path, self.atoms, self.rotation, **record["trajectory"])
-        self.log = Log(
-            self.folder / "log.csv", record["log"]["size"], float(self.engine.masses.sum()), self.engine.freedom
-        )
+        more = () if self.watch is None else self.watch.columns
+        mass, freedom = float(self.engine.masses.sum()), self.engine.freedom
+        self.log = Log(self.folder / "log.csv", record["log"]["size"], mass, freedom, more)
         try:
             if not self.continued:
                 self._begin()
             speed = self._go()
             return self._finish(speed)
+        except Uncertain as error:
+            self.log.mark()
+            self.folder.summary(steps=self.engine.step, stopped=str(error), watched=self.watched)
+            raise
         finally:
             self.trajectory.close()
             self.log.close()
+            if self.watch is not None:
+                self.watch.close()
 
     def _begin(self) -> None:
         if not (self.atoms.pbc.any() and not self.atoms.pbc.all()):
             self._write_topology()
         self.engine.prepare()
-        frame = self.engine.frame()
-        self.trajectory.write(frame)
-        self.log.write(frame)
+        self._record(0)
         self._save()
 
     def _write_topology(self) -> None:
@@ -245,6 +238,8 @@ class _Run:
 
     def _save(self) -> None:
         record = {"trajectory": self.trajectory.mark(), "log": self.log.mark()}
+        if self.watch is not None:
+            record["watch"] = self.watch.mark()
         write_checkpoint(self.checkpoint, self.engine.save(), record)
 
     def _go(self) -> float:
@@ -258,10 +253,12 @@ class _Run:
             began = time.perf_counter()
             count = min(chunk, schedule.next_event(step) - step)
             try:
-                self.engine.advance(count)
+                self.engine.advance(count, self._probing(step + count))
                 step = self.engine.step
                 self._check()
                 self._record(step)
+            except Uncertain:
+                raise
             except SimulationError as error:
                 raise self._failed(error, good) from error
             good = (step, *self.engine.phase(), self.engine.box())
@@ -274,13 +271,26 @@ class _Run:
         steps = self.engine.step - first
         return steps / (time.perf_counter() - clock) * self.config.timestep_fs * NS_DAY if steps else float("nan")
 
+    def _probing(self, step: int) -> Probing | None:
+        return self.watch.monitor.probing(step) if self.watch is not None and self.schedule.looks(step) else None
+
+    @property
+    def watched(self) -> dict[str, Any]:
+        return {} if self.watch is None else self.watch.summary()
+
     def _record(self, step: int) -> None:
-        write, log = step % self.schedule.frame == 0, step % self.schedule.log == 0 or step == self.schedule.total
+        if self.watch is not None and self.schedule.looks(step):
+            self.watch.look(self.engine)
+        write, log = self.schedule.writes(step), self.schedule.logs(step)
         if not (write or log):
             return
         frame = self.engine.frame()
+        if self.watch is not None:
+            frame = self.watch.annotate(frame)
         if write:
             self.trajectory.write(frame)
+            if self.watch is not None:
+                self.watch.write(frame)
         if log:
             self.log.write(frame)
 
@@ -291,6 +301,8 @@ class _Run:
             text = f"{row['temperature_K']:.0f} K, {text}"
             if np.isfinite(row["density_g_cm3"]):
                 text = f"{row['density_g_cm3']:.3f} g/cm3, {text}"
+        if self.watch is not None and self.watch.text:
+            text = f"{self.watch.text}, {text}"
         self.progress(step, self.schedule.total, text)
 
     def _check(self) -> None:
@@ -322,11 +334,8 @@ class _Run:
     def _failed(
         self, error: SimulationError, good: tuple[int, np.ndarray, np.ndarray, np.ndarray | None]
     ) -> SimulationError:
-        step, positions, velocities, box = good
-        last = Frame(
-            step, step * self.config.timestep_fs / PS, positions, velocities, box, float("nan"), float("nan"), None,
-            np.full_like(positions, np.nan),
-        )  # fmt: skip
+        step, *rest = good
+        last = bare_frame(step, step * self.config.timestep_fs / PS, *rest)
         atoms = to_atoms(self.atoms, last, self.rotation)
         atoms.calc = None
         write_atomic(self.folder / "last_good.extxyz", extxyz_text(atoms))
@@ -354,7 +363,7 @@ class _Run:
         plot_log(folder / "log.png", table, title)
         broken = broken_bonds(frame.positions, frame.box, self.bonds, bond_lengths(self.atoms, self.bonds))
         half = len(table["step"]) // 2
-        means = {name: float(column[half:].mean()) for name, column in table.items() if name not in ("step", "time_ps")}
+        means = {name: float(column[half:].mean()) for name, column in table.items() if name not in NO_MEAN}
         result = Result(
             folder=folder.path,
             steps=step,
@@ -368,6 +377,7 @@ class _Run:
             frames=self.trajectory.frames,
             bonds_broken=len(broken),
             continued=self.continued,
+            watched=self.watched,
         )
         folder.summary(
             steps=step,
@@ -378,6 +388,7 @@ class _Run:
             bonds=len(self.bonds),
             bonds_broken=[[int(k) for k in self.bonds[b]] for b in broken],
             restart_exact=self.exact,
+            watched=self.watched,
             means_of_second_half={name: value for name, value in means.items() if np.isfinite(value)},
             files=["topology.pdb", result.trajectory.name, "log.csv", "log.png", "checkpoint.npz", "final.extxyz"],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from mdplug.workflows.md_files import Frame, extxyz_text, kinetic_energies
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from mdplug.workflows.md import Config
+    from mdplug.uncertainty import Uncertainty
+    from mdplug.workflows.md_config import Config
+    from mdplug.workflows.md_monitor import Probing
 
 BAROSTAT_PS = 1.0  # response time of the cell
 
@@ -88,16 +91,30 @@ class AseEngine:
             **options,
         )
 
-    def advance(self, steps: int) -> None:
+    def advance(self, steps: int, probing: Probing | None = None) -> None:
         """Go on by so many steps, each checked.
+
+        Args:
+            probing: what `uncertainty` will be asked afterwards: the last step's forces share their evaluation with it.
 
         Raises:
             SimulationError: naming the atom.
         """
-        for _ in range(steps):
-            self._dynamics.step()
+        for left in range(steps - 1, -1, -1):
+            with nullcontext() if left or probing is None else self.atoms.calc.probing(*probing):
+                self._dynamics.step()
             self.step += 1
             self._check_forces()
+
+    def uncertainty(self, probing: Probing | None) -> Uncertainty:
+        """How far members disagree at the present positions; on forces too, with (probes, seed)."""
+        calculator = self.atoms.calc
+        if probing is None:
+            self.atoms.get_potential_energy()
+        else:
+            with calculator.probing(*probing):
+                calculator.get_property("forces_sigma", self.atoms)
+        return calculator.uncertainty
 
     def _check_forces(self) -> None:
         size = np.sqrt((self.atoms.get_forces() ** 2).sum(axis=1))

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class Frame:
         potential_energy, kinetic_energy: eV; the former with atomic reference energies.
         pressure_bar: (3, 3), virial + kinetic, or None.
         forces: (N, 3) eV/A.
+        columns: more numbers for the log. arrays: more (N,) arrays for extxyz.
     """
 
     step: int
@@ -42,6 +43,8 @@ class Frame:
     kinetic_energy: float
     pressure_bar: np.ndarray | None
     forces: np.ndarray
+    columns: dict[str, float] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def volume(self) -> float:
@@ -65,8 +68,16 @@ def to_atoms(atoms: Atoms, frame: Frame, rotation: np.ndarray) -> Atoms:
     out.set_positions(frame.positions @ rotation.T)
     out.set_velocities(frame.velocities @ rotation.T / units.fs)
     out.info |= {"step": frame.step, "time_ps": frame.time_ps}
+    for name, values in frame.arrays.items():
+        out.set_array(name, values)
     out.calc = SinglePointCalculator(out, energy=frame.potential_energy, forces=frame.forces @ rotation.T)
     return out
+
+
+def bare_frame(step: int, time_ps: float, positions: np.ndarray, velocities: np.ndarray, box: Any) -> Frame:
+    """A frame without energies and forces."""
+    nowhere, unknown = np.full_like(positions, np.nan), float("nan")
+    return Frame(step, time_ps, positions, velocities, box, unknown, unknown, None, nowhere)
 
 
 def extxyz_text(atoms: Atoms) -> str:
@@ -231,19 +242,21 @@ class Log:
         path: the file. size: bytes to keep.
         mass: of all atoms, amu.
         freedom: degrees of freedom that carry the kinetic energy.
+        more: columns that frames bring, besides `COLUMNS`.
     """
 
-    def __init__(self, path: Path, size: int, mass: float, freedom: int):
+    def __init__(self, path: Path, size: int, mass: float, freedom: int, more: tuple[str, ...] = ()):
         self._file = AppendFile(path, size)
         self.mass, self.freedom = mass, max(freedom, 1)
+        self.columns = (*COLUMNS, *more)
         self.last: dict[str, float] = {}
         if not size:
-            self._file.append((",".join(COLUMNS) + "\n").encode())
+            self._file.append((",".join(self.columns) + "\n").encode())
 
     def write(self, frame: Frame) -> None:
         """Append a row."""
-        self.last = row = self.row(frame)
-        self._file.append((",".join(_text(name, row[name]) for name in COLUMNS) + "\n").encode())
+        self.last = row = self.row(frame) | frame.columns
+        self._file.append((",".join(_text(name, row[name]) for name in self.columns) + "\n").encode())
 
     def row(self, frame: Frame) -> dict[str, float]:
         """The numbers of a frame, by column."""
@@ -285,7 +298,7 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
 
 
 def plot_log(path: Path, table: dict[str, np.ndarray], title: str) -> None:
-    """Temperature, energy, density and pressure over time as PNG."""
+    """Temperature, energy, density, pressure and disagreement of members over time as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -293,6 +306,9 @@ def plot_log(path: Path, table: dict[str, np.ndarray], title: str) -> None:
     panels.append(("total_energy_eV", "total energy / eV"))
     if np.isfinite(table["density_g_cm3"]).any():
         panels += [("density_g_cm3", "density / g cm$^{-3}$"), ("pressure_bar", "pressure / bar")]
+    if "sigma_forces_max_eV_A" in table:
+        panels.append(("sigma_forces_max_eV_A", "largest $\\sigma_F$ / eV Å$^{-1}$"))
+        panels.append(("sigma_energy_eV", "$\\sigma_E$ / eV"))
     figure = Figure(figsize=(8, 1.9 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from mdplug.workflows.md_files import Frame
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from mdplug.workflows.md import Config
+    from mdplug.uncertainty import Uncertainty
+    from mdplug.workflows.md_config import Config
+    from mdplug.workflows.md_monitor import Probing
 
 _LENGTH, _VELOCITY, _ENERGY = unit.nanometer, unit.nanometer / unit.picosecond, unit.kilojoule_per_mole
 
@@ -98,9 +101,17 @@ class OpenMMEngine:
             velocities = self._state().getVelocities(asNumpy=True).value_in_unit(_VELOCITY)
             self.context.setVelocities(velocities - self.masses @ velocities / self.masses.sum())
 
-    def advance(self, steps: int) -> None:
-        """Go on by so many steps."""
+    def advance(self, steps: int, probing: Probing | None = None) -> None:
+        """Go on by so many steps; where they end, `uncertainty` and the next step share an evaluation."""
         self.simulation.step(steps)
+
+    def uncertainty(self, probing: Probing | None) -> Uncertainty:
+        """How far members disagree at the present positions; on forces too, with (probes, seed)."""
+        with nullcontext() if probing is None else self.plug.probing(*probing):
+            self._state(getEnergy=True)
+        found = self.plug.uncertainty()
+        assert found is not None
+        return found
 
     def _state(self, **parts: bool) -> openmm.State:
         with errors_of(self.system):

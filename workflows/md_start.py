@@ -13,7 +13,7 @@ from mdplug.workflows._common import Caught, Stopped
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from mdplug.workflows.md import Config
+    from mdplug.workflows.md_config import Config
 
 LARGEST_STEP_A = 0.2
 
