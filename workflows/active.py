@@ -18,6 +18,7 @@ import numpy as np
 from ase import Atoms
 from ase.io import read
 
+from mdplug.artifact import read_spec
 from mdplug.errors import InputError, MdplugError
 from mdplug.potential import Potential
 from mdplug.registry import resolve
@@ -39,10 +40,14 @@ from mdplug.workflows.active_config import MAY_CHANGE, Config
 from mdplug.workflows.active_md import (
     Candidate,
     Segment,
+    Track,
     all_frames,
+    last_of,
     look_around,
     run_segment,
+    trajectory_of,
     uncertain_frames,
+    write_start,
 )
 from mdplug.workflows.active_report import Round, judged, plot, text_of
 from mdplug.workflows.active_select import Posterior, force_rows, informative
@@ -184,6 +189,7 @@ class _Run:
             self.starts.append(path)
         self.at = list(self.starts)
         self.ps = [0.0] * len(self.starts)
+        self.tracks = [Track() for _ in self.starts]
         self.known = self.folder / "known.extxyz"
         first.mkdir(exist_ok=True)
         self.body = first / "body.safetensors"
@@ -192,7 +198,9 @@ class _Run:
             body_of(model, self.body)
         if not self.known.exists():
             write_known(config.data, config.replay, config.seed, self.known)
-        self.members = int(_spec_config(model)["members"])
+        spec = read_spec(model)
+        self.members = int(spec.config["members"])
+        self.method = str(spec.provenance.get("ensemble", {}).get("method", "laplace"))
         self.doing = "members and their scale"
         self.fitted = self._fit(first, [self.known])
         self._set_limit(first, None)
@@ -260,7 +268,10 @@ class _Run:
                 look_around(
                     own, options, config.around, int(drawn[1]), config.around_ps, config.around_ps / 10, self._progress
                 )
-            self.at[walker], self.ps[walker] = own / "safe.extxyz", segment.end_ps
+            safe = self.tracks[walker].extend(segment, trajectory_of(own), last_of(self.starts[walker]))
+            if not (own / "safe.extxyz").exists():
+                write_start(own / "safe.extxyz", safe)
+            self.at[walker], self.ps[walker] = own / "safe.extxyz", segment.safe_ps
             self.segments.append(segment)
             found.append(segment)
         return found
@@ -348,7 +359,7 @@ class _Run:
     def _fit(self, folder: Path, data: list[Path]) -> Fitted:
         record = folder / "fitted.json"
         if not record.exists():
-            made = fit_members(folder, self.body, data, self.members, self.config.seed, self._progress)
+            made = fit_members(folder, self.body, data, self.members, self.method, self.config.seed, self._progress)
             write_atomic(record, json.dumps({"scores": made.scores, "sigma": made.sigma, "error": made.error}))
         return Fitted(folder / "ensemble.safetensors", folder / "posterior.npz", **json.loads(record.read_text()))
 
@@ -390,7 +401,7 @@ class _Run:
         write_atomic(model, self.model.read_bytes())
         write_atomic(labels, self.new.read_bytes() if self.new is not None else b"")
         for walker in range(len(self.starts)):
-            write_atomic(folder / f"walker-{walker}.extxyz", as_extxyz(self._path_of(walker)))
+            write_atomic(folder / f"walker-{walker}.extxyz", as_extxyz(self._frames_of(walker)))
         finished = all(t >= self.config.time_ps - 1e-9 for t in self.ps)
         result = Result(
             folder.path, model, labels, folder / "report.md", len(self.rounds), self.used, finished, ended, self.ps
@@ -398,27 +409,14 @@ class _Run:
         folder.summary(**{k: v for k, v in vars(result).items() if k != "folder"})
         return result
 
-    def _path_of(self, walker: int) -> list[Atoms]:
-        """The safe frames of a walker, one segment after the other."""
-        out: list[Atoms] = []
-        for one in self.segments:
-            path = self.folder / f"round-{one.round:02d}" / f"walker-{one.walker}" / "md" / "trajectory.extxyz"
-            if one.walker != walker or not path.exists():
-                continue
-            for atoms in read(path, ":"):
-                time_ps = one.begin_ps + float(atoms.info["time_ps"])
-                if time_ps > one.end_ps + 1e-9 or (out and time_ps <= out[-1].info["time_ps"] + 1e-9):
-                    continue
-                atoms.info |= {"time_ps": time_ps, "round": one.round}
-                atoms.calc = None
-                out.append(atoms)
+    def _frames_of(self, walker: int) -> list[Atoms]:
+        """The frames of a walker that stand."""
+        out = []
+        for time_ps, atoms in self.tracks[walker].frames:
+            one = atoms.copy()
+            one.info |= {"time_ps": time_ps}
+            out.append(one)
         return out
-
-
-def _spec_config(model: Path) -> dict[str, Any]:
-    from mdplug.artifact import read_spec
-
-    return read_spec(model).config
 
 
 def _ensemble(path: Path) -> Any:

@@ -57,7 +57,7 @@ class Round:
         """For the terminal."""
         alarms = sum(one["status"] == "alarm" for one in self.segments)
         died = sum(one["status"] == "died" for one in self.segments)
-        at = min(one["end_ps"] for one in self.segments)
+        at = min(one["safe_ps"] for one in self.segments)
         text = f"round {self.number}: slowest walker at {at:.4g} ps, {alarms} alarms, {died} deaths, "
         text += f"{self.labelled} labels ({self.failed} failed), bound held in {self.coverage:.0%}"
         if self.update is not None:
@@ -76,7 +76,7 @@ def judged(model: Path, labels: Path, factor: float, threshold_eV_A: float) -> l
     made = mdplug.load(model)
     if not isinstance(made, Potential):
         raise InputError(f"{model} is an exported file; give a .safetensors model file")
-    sigma, error, score = worst(measure(made, read([labels]).structures, PROBES, 0, silent))
+    sigma, error, score = worst(measure(made, read([labels]).structures, PROBES, 0, silent), made)
     return [
         {
             "sigma_eV_A": float(s), "error_eV_A": float(e), "score": float(r), "held": bool(r <= factor),
@@ -127,11 +127,11 @@ def text_of(record: dict[str, Any], rounds: Sequence[Round]) -> str:
             f"{one.coverage:.0%} | {largest:.2f} | {' | '.join(said)} | {one.sigma_max_eV_A:.3f} | {one.minutes:.1f} |"
         )
     lines += ["", "Errors: root mean square of force components on held-out labels, eV/A.", ""]
-    lines += ["| walker | round | from ps | safe to ps | ended by | at ps |", "|---|---|---|---|---|---|"]
+    lines += ["| walker | round | from ps | to ps | ended by | goes on from ps |", "|---|---|---|---|---|---|"]
     for s in sorted(record["segments"], key=lambda one: (one["walker"], one["round"])):
         lines.append(
             f"| {s['walker']} | {s['round']} | {s['begin_ps']:.4g} | {s['end_ps']:.4g} | {s['status']} | "
-            f"{s['alarm_ps']:.4g} |"
+            f"{s['safe_ps']:.4g} |"
         )
     return "\n".join([*lines, "", "![](report.png)", ""])
 
@@ -165,7 +165,10 @@ def plot(path: Path, rounds: Sequence[Round]) -> None:
     middle.legend(frameon=False, fontsize="small")
     for walker in sorted({one["walker"] for row in rounds for one in row.segments}):
         points = [
-            (n, s["end_ps"]) for n, row in zip(used, rounds, strict=True) for s in row.segments if s["walker"] == walker
+            (n, s["safe_ps"])
+            for n, row in zip(used, rounds, strict=True)
+            for s in row.segments
+            if s["walker"] == walker
         ]
         right.plot(*zip(*points, strict=True), ".-", label=f"walker {walker}")
     right.set(xlabel="labels", ylabel="safe time / ps")

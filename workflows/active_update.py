@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.data import chemical_symbols
 from ase.io import iread
 
 import mdplug
@@ -17,12 +18,13 @@ from mdplug.calibration import Calibration
 from mdplug.errors import InputError
 from mdplug.potential import Potential
 from mdplug.potentials.members import SharedMembers
+from mdplug.spec import Spec
 from mdplug.workflows import train
 from mdplug.workflows._common import Progress, provenance, write_atomic
 from mdplug.workflows.active_select import Posterior
 from mdplug.workflows.calibrate import ENERGY, FORCES
 from mdplug.workflows.calibration_data import Measured, measure
-from mdplug.workflows.calibration_fits import FEWEST, fit_scale
+from mdplug.workflows.calibration_fits import FEWEST, fit_environment, fit_scale
 from mdplug.workflows.dataset import Labelled, Loader, read, references_of
 from mdplug.workflows.ensemble import shared_members
 from mdplug.workflows.journal import as_extxyz
@@ -35,10 +37,10 @@ HELD_SHARE = 0.15  # of the groups, where no structure is of the split "valid"
 EVERY_HELD = 5  # every fifth new label is held out, too
 WORSE = 1.05  # largest ratio of the new to the old force error on held-out structures
 GENTLER = 0.25  # of the learning rate, for the second try
-EPOCHS = 30
-TRAINING: dict[str, Any] = {
-    "learning_rate": 0.003, "warm_up_steps": 20, "ema_decay": 0.98,
-}  # fmt: skip
+STEPS = 800  # of the optimiser in an update, about; epochs follow
+BATCHES = 12  # of an epoch, about
+BATCH_PAIRS = (1000, 8000)
+OPTIMISER = {"learning_rate": 0.003, "warm_up_steps": 20, "ema_decay": 0.98}
 
 
 # --- data
@@ -143,9 +145,9 @@ def train_on(
     held = [s for s in read([known]).structures if s.split == "valid"]
     fresh = [s for s in read([new]).structures if s.split == "valid"]
     before, new_before = force_error(body, held), force_error(body, fresh)
-    settings = {"epochs": EPOCHS, **options}
-    optimiser = {**TRAINING, **settings.pop("optimiser", {})}
     spec = _opened(body).spec
+    settings = {**_size([known, new], spec), **options}
+    optimiser = {**OPTIMISER, **settings.pop("optimiser", {})}
     after = new_after = rate = float("nan")
     for number, factor in enumerate((1.0, GENTLER), 1):
         rate = factor * optimiser["learning_rate"]
@@ -161,6 +163,14 @@ def train_on(
         if after <= WORSE * before:
             return Trained(made, True, rate, before, after, new_before, new_after)
     return Trained(body, False, rate, before, after, new_before, new_after)
+
+
+def _size(data: Sequence[Path], spec: Spec) -> dict[str, Any]:
+    """Batches and epochs that make about `STEPS` steps."""
+    structures = [s for s in read(data).structures if s.split == "train"]
+    pairs = int(Loader(structures, spec.cutoff, dict.fromkeys(chemical_symbols, 0.0)).n_pairs.sum())
+    batch = int(np.clip(pairs / BATCHES, *BATCH_PAIRS))
+    return {"batch_pairs": batch, "epochs": max(5, round(STEPS / max(1.0, pairs / batch)))}
 
 
 # --- members and their calibration
@@ -182,47 +192,51 @@ class Fitted:
     error: list[float]
 
 
-def fit_members(folder: Path, body: Path, data: Sequence[Path], members: int, seed: int, progress: Progress) -> Fitted:
-    """Draw members from all labels and scale their spread to the errors on held-out ones, old and new.
+def fit_members(
+    folder: Path, body: Path, data: Sequence[Path], members: int, method: str, seed: int, progress: Progress
+) -> Fitted:
+    """Draw members from all labels and calibrate their sigma with the errors on held-out ones, old and new.
 
-    The scale is in the members themselves: sigma of the file is calibrated as it is.
+    Args:
+        method: how members are drawn, see `last_layer.members_of`.
 
     Raises:
         InputError: a body without features, too few held-out structures.
     """
     structures = read(data).structures
     old, held = [s for s in structures if s.split == "train"], [s for s in structures if s.split == "valid"]
-    made, scale, rows = shared_members(body, old, held, members, "laplace", DIRECTIONS, seed, progress)
+    made, scale, rows = shared_members(body, old, held, members, method, DIRECTIONS, seed, progress)
     found = measure(made, held, PROBES, seed, progress)
-    alpha = fit_scale(found.errors, found.sigma, components=3, quantity=FORCES).facts["alpha"]
-    made.weight.data *= alpha
-    made.offset.data *= alpha
-    found = replace(found, sigma=alpha * found.sigma, energy_sigma=alpha * found.energy_sigma)
-    record = {FORCES: _unscaled(fit_scale(found.errors, found.sigma, components=3, quantity=FORCES)).to_dict()}
+    # Of what the model says of an atom, what dynamics sees at no cost; |F| is not asked.
+    distance = {"distance": found.extra["distance"]}
+    forces = fit_environment(
+        found.errors, found.sigma, components=3, quantity=FORCES, group=found.structure, element=found.number,
+        extra=distance,
+    )  # fmt: skip
+    record = {FORCES: forces.to_dict(), "probes": PROBES, "distance": found.limits()}
     if len(found.energy_errors) >= FEWEST:
-        energies = fit_scale(
+        record[ENERGY] = fit_scale(
             found.energy_errors, found.energy_sigma, components=1, quantity=ENERGY, group=found.energy_group
-        )
-        record[ENERGY] = energies.to_dict()
-    record |= {"probes": PROBES, "distance": found.limits()}
+        ).to_dict()
     made.spec = replace(made.spec, calibration=record)
     mdplug.save(made, folder / "ensemble.safetensors")
-    Posterior.of(rows, scale * alpha).save(folder / "posterior.npz")
-    sigma, error, scores = worst(found)
+    Posterior.of(rows, scale).save(folder / "posterior.npz")
+    sigma, error, scores = worst(found, made)
     return Fitted(
         folder / "ensemble.safetensors", folder / "posterior.npz", scores.tolist(), sigma.tolist(), error.tolist()
     )
 
 
-def _unscaled(made: Calibration) -> Calibration:
-    return replace(made, offset=0.0, facts={**made.facts, "alpha": 1.0})
+def worst(found: Measured, model: Potential) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each structure: largest calibrated sigma and force error, eV/A, and the largest |error| / sigma.
 
-
-def worst(found: Measured) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each structure: largest sigma and force error, eV/A, and the largest |error| / sigma."""
+    Args:
+        found: of what `model` says.
+    """
+    sigma = Calibration.from_dict(model.spec.calibration[FORCES])(**found.columns)
     place = np.unique(found.structure, return_inverse=True)[1]
     out = []
-    for values in (found.sigma, found.errors, found.errors / np.maximum(found.sigma, 1e-12)):
+    for values in (sigma, found.errors, found.errors / np.maximum(sigma, 1e-12)):
         largest = np.zeros(int(place.max()) + 1)
         np.maximum.at(largest, place, values)
         out.append(largest)
@@ -243,8 +257,8 @@ def with_limit(model: Path, sigma_max_eV_A: float, record: dict[str, Any], outpu
     mdplug.save(plain, output)
 
 
-def body_of(model: Path, output: Path) -> int:
-    """Write the body of an ensemble to a file of its own; the number of its members.
+def body_of(model: Path, output: Path) -> None:
+    """Write the body of an ensemble to a file of its own.
 
     Raises:
         InputError: not an ensemble on one body.
@@ -258,4 +272,3 @@ def body_of(model: Path, output: Path) -> int:
         )
     body: Any = plain.parts[0]
     mdplug.save(body, output)
-    return int(plain.spec.config["members"])
