@@ -152,6 +152,7 @@ class _Run:
         self.segments: list[Segment] = []
         self.used = 0
         self.doing = ""
+        self.ready = False  # before that there is no model to end with
 
     # --- the loop
 
@@ -172,7 +173,7 @@ class _Run:
             self.clock.keep()
             raise Stopped(self.caught.number, f"stopped by {self.caught.name}; the same command goes on")
         self.clock.keep(every_s=20.0)
-        if self.config.max_hours is not None and self.clock.seconds > 3600 * self.config.max_hours:
+        if self.ready and self.config.max_hours is not None and self.clock.seconds > 3600 * self.config.max_hours:
             self.clock.keep()
             raise _TimeOver
         self._show(done, total, f"{self.doing}: {text}")
@@ -205,6 +206,7 @@ class _Run:
         self.fitted = self._fit(first, [self.known])
         self._set_limit(first, None)
         self.new: Path | None = None
+        self.ready = True
 
     def _round(self, number: int) -> str:
         """One round; why it was the last, or nothing."""

@@ -77,7 +77,7 @@ class Track:
         self.tries = self.tries + 1 if segment.end_ps <= self.furthest_ps + BACK_PS else 0
         self.furthest_ps = max(self.furthest_ps, segment.end_ps)
         latest = segment.end_ps - BACK_PS * 2 ** min(self.tries, 20)
-        self.frames = [one for one in self.frames if one[0] <= latest]
+        self.frames = [one for one in self.frames if one[0] <= latest + 1e-9]
         segment.safe_ps, safe = self.frames[-1] if self.frames else (0.0, start)
         return safe
 

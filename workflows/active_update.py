@@ -28,7 +28,7 @@ from mdplug.workflows.calibration_fits import FEWEST, fit_environment, fit_scale
 from mdplug.workflows.dataset import Labelled, Loader, read, references_of
 from mdplug.workflows.ensemble import shared_members
 from mdplug.workflows.journal import as_extxyz
-from mdplug.workflows.trainer import predictions
+from mdplug.workflows.trainer import DivergedError, predictions
 
 PROBES = 16  # random mixtures of members behind a force sigma
 DIRECTIONS = 8  # random directions for the forces of a structure, in the fit of members
@@ -158,7 +158,11 @@ def train_on(
                 **settings, "optimiser": {**optimiser, "learning_rate": rate},
             }
         )  # fmt: skip
-        made = train.run(config, progress=progress).model
+        try:
+            made = train.run(config, progress=progress).model
+        except DivergedError:
+            after = new_after = float("inf")
+            continue
         after, new_after = force_error(made, held), force_error(made, fresh)
         if after <= WORSE * before:
             return Trained(made, True, rate, before, after, new_before, new_after)
