@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "calibrate": Command(
         "mdplug.workflows.calibrate", "What sigma is worth: correct it, test it, write it back.", "data"
     ),
+    "active": Command("mdplug.workflows.active", "MD that stops, asks and learns.", "structures"),
     "evaluate": Command("mdplug.workflows.evaluate", "Errors of a potential against labels.", "data"),
     "info": Command("mdplug.workflows.info", "What a model file holds.", "model"),
     "convert": Command("mdplug.workflows.convert", "An upstream MACE checkpoint -> a model file.", "checkpoint"),

@@ -6,6 +6,7 @@ trained apart cost their number, and say more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,12 +18,12 @@ import mdplug
 from mdplug.compose import Ensemble
 from mdplug.errors import InputError
 from mdplug.potential import Potential
-from mdplug.potentials.members import require_features
+from mdplug.potentials.members import SharedMembers, require_features
 from mdplug.registry import resolve
 from mdplug.workflows._common import Config as BaseConfig
 from mdplug.workflows._common import Progress, disk_errors, provenance, sha256, short_name, silent, torch_threads
 from mdplug.workflows.dataset import Dataset, Labelled, Loader, read, references_of
-from mdplug.workflows.last_layer import assemble, feature_statistics, gather, members_of, typical_ratio
+from mdplug.workflows.last_layer import Rows, assemble, feature_statistics, gather, members_of, typical_ratio
 
 
 class Config(BaseConfig):
@@ -101,14 +102,39 @@ def _joined(config: Config) -> tuple[Potential, Result]:
 
 
 def _shared(config: Config, progress: Progress) -> tuple[Potential, Result]:
-    path = config.models[0]
+    progress(0, 0, "reading labels")
+    train, held = _chosen(read(config.data), config)
+    settings = (config.members, config.method, config.directions, config.seed)
+    made, scale, _ = shared_members(config.models[0], train, held, *settings, progress=progress)
+    return made, Result(config.output, config.members, "shared body", scale)
+
+
+def shared_members(
+    path: Path,
+    train: Sequence[Labelled],
+    held: Sequence[Labelled],
+    members: int,
+    method: str,
+    directions: int,
+    seed: int,
+    progress: Progress = silent,
+) -> tuple[SharedMembers, float, Rows]:
+    """Members on the body in a model file.
+
+    Args:
+        train: structures to fit to. held: those whose residuals set the scale of sigma; empty: `train`.
+        members, method, directions, seed: as in `Config`.
+
+    Returns:
+        The potential, what sigma was multiplied by, and the equations of `train`.
+
+    Raises:
+        InputError: an exported file, a body without features.
+    """
     body = _opened(path, None).without_kernels()
     require_features(body)
     fast = _opened(path, "float64", "tables")
-    progress(0, 0, "reading labels")
-    data = read(config.data)
     reference = references_of(body)
-    train, held = _chosen(data, config)
     species = body.spec.species
     loader = Loader(train, body.cutoff, reference)
     progress(0, 0, f"features of {len(train)} structures")
@@ -117,12 +143,13 @@ def _shared(config: Config, progress: Progress) -> tuple[Potential, Result]:
     def shown(done: int, of: int) -> None:
         progress(done, of, f"slopes of features, {len(train)} structures")
 
-    rows = gather(fast, loader, statistics, species, config.directions, config.seed, shown)
-    found = members_of(rows, config.method, config.members, config.seed)
+    rows = gather(fast, loader, statistics, species, directions, seed, shown)
+    found = members_of(rows, method, members, seed)
+    judged = rows
     if held:
-        rows = gather(fast, Loader(held, body.cutoff, reference), statistics, species, 4, config.seed + 1)
-    scale = typical_ratio(found, rows)
-    return assemble(body, statistics, found * scale), Result(config.output, config.members, "shared body", scale)
+        judged = gather(fast, Loader(held, body.cutoff, reference), statistics, species, 4, seed + 1)
+    scale = typical_ratio(found, judged)
+    return assemble(body, statistics, found * scale), scale, rows
 
 
 def _chosen(data: Dataset, config: Config) -> tuple[list[Labelled], list[Labelled]]:

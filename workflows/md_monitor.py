@@ -6,8 +6,10 @@ Nothing in here knows an engine or a file. A run that goes on after a restart de
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +24,7 @@ if TYPE_CHECKING:  # nothing heavy: the command line's help imports this
 Probing = tuple[int | None, int]  # random mixtures of members (None: all, exact), and their seed
 Signal = Literal["forces", "energy", "distance"]
 UNITS = {"forces": "eV/A", "energy": "eV", "distance": "times its spread"}
+FORCES = "forces_eV_A"  # key of `Spec.calibration`
 NEAR = 0.8  # of the limit: from here on estimates are checked exactly; below it an event is over
 EXACT: Probing = (None, 0)
 
@@ -29,13 +32,29 @@ EXACT: Probing = (None, 0)
 # --- what the model file knows
 
 
-def calibrated(spec: Spec, signal: Signal, sigma: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """(N,) as they come from the members: the one place where a calibration of the model file enters.
+def calibrated(
+    spec: Spec, signal: Signal, sigma: np.ndarray, numbers: np.ndarray, distance: np.ndarray | None = None
+) -> np.ndarray:
+    """(N,) as the model file's calibration corrects it: the one place where that enters.
+
+    A calibration that asks for more than sigma, element and feature distance is left aside.
 
     Args:
-        spec: of the model; `Spec.calibration`. sigma: (N,) in `UNITS`. numbers: (N,) atomic numbers.
+        spec: of the model; `Spec.calibration`. sigma: (N,) in `UNITS`. numbers: (N,) atomic numbers. distance: (N,)
+            feature distance, where the model knows one.
     """
-    return sigma
+    made = _calibration(json.dumps(spec.calibration.get(FORCES))) if signal == "forces" else None
+    columns = {"sigma": sigma, "number": numbers, **({} if distance is None else {"distance": distance})}
+    if made is None or not set(made.columns) <= set(columns):
+        return sigma
+    return np.asarray(made(**columns))
+
+
+@lru_cache(maxsize=4)
+def _calibration(record: str) -> Any:
+    from mdplug.calibration import Calibration
+
+    return None if record == "null" else Calibration.from_dict(json.loads(record))
 
 
 def alarm_factor(members: int, atoms: int) -> float:
@@ -163,7 +182,7 @@ class Monitor:
             state.rechecks += 1
             found, exact = ask(EXACT), True
         atom, part = self._worst(found)
-        value = float(calibrated(self.spec, rule.signal, self.values(found), self.numbers)[atom])
+        value = float(self._calibrated(found, self.values(found))[atom])
         above = part > 1.0
         reading = Reading(step, rule.signal, atom, value, rule.limit, exact, above, above and not state.inside)
         state.inside = above or (state.inside and part >= NEAR)
@@ -175,6 +194,14 @@ class Monitor:
     def _worst(self, found: Uncertainty) -> tuple[int, float]:
         """The atom with the largest signal, and that over the limit."""
         sigma = self.values(found) / alarm_factor(found.members, len(self.numbers))
-        sigma = np.where(np.isfinite(sigma), calibrated(self.spec, self.rule.signal, sigma, self.numbers), np.inf)
+        sigma = np.where(np.isfinite(sigma), self._calibrated(found, sigma), np.inf)
         atom = int(sigma.argmax())
         return atom, float(sigma[atom]) / self.rule.limit if self.rule.limit else 0.0
+
+    def _calibrated(self, found: Uncertainty, sigma: np.ndarray) -> np.ndarray:
+        return calibrated(self.spec, self.rule.signal, sigma, self.numbers, distance_of(found))
+
+
+def distance_of(found: Uncertainty) -> np.ndarray | None:
+    """(N,) feature distance, or None."""
+    return None if found.distance is None else found.distance.cpu().numpy().astype(np.float64)

@@ -13,7 +13,7 @@ from mdplug.errors import InputError, SimulationError
 from mdplug.units import BOLTZMANN, PS
 from mdplug.workflows._common import write_atomic
 from mdplug.workflows.md_files import Frame, bare_frame, extxyz_text, to_atoms
-from mdplug.workflows.md_monitor import UNITS, Monitor, Reading, Rule, Signal, State, calibrated, limit_of
+from mdplug.workflows.md_monitor import UNITS, Monitor, Reading, Rule, Signal, State, calibrated, distance_of, limit_of
 from mdplug.workflows.md_watch_files import LaterFile, Rows
 
 if TYPE_CHECKING:  # nothing heavy: the command line's help imports this
@@ -159,7 +159,8 @@ class Watch:
         columns = {"sigma_energy_eV": float(found.energy), "sigma_forces_max_eV_A": unknown, "sigma_atom": unknown}
         arrays = {"sigma_energy_eV": found.atom_energy.cpu().numpy().astype(np.float64)}
         if found.forces is not None:
-            forces = calibrated(self.monitor.spec, "forces", found.forces.cpu().numpy(), self.atoms.numbers)
+            raw = found.forces.cpu().numpy().astype(np.float64)
+            forces = calibrated(self.monitor.spec, "forces", raw, self.atoms.numbers, distance_of(found))
             arrays["sigma_forces_eV_A"] = forces
             columns |= {"sigma_forces_max_eV_A": float(forces.max()), "sigma_atom": float(forces.argmax())}
         if self.biased:

@@ -24,6 +24,10 @@ from mdplug.workflows.dataset import Batch, Loader
 from mdplug.workflows.loss import LossConfig, loss
 
 
+class DivergedError(InputError):
+    """Training left the numbers: the loss is not finite."""
+
+
 class OptimiserConfig(Config):
     """Adam and its schedule."""
 
@@ -192,7 +196,7 @@ class Trainer:
         Each thread takes a part of the batch: many small operations then never wait for one another.
 
         Raises:
-            InputError: the loss is not finite.
+            DivergedError: the loss is not finite.
         """
         self._push()
         parts = [part for part in (chosen[k :: self.threads] for k in range(self.threads)) if part]
@@ -201,7 +205,7 @@ class Trainer:
         done = [self._gradient(parts[0], fraction, whole), *(other.result() for other in others)]
         value = sum(v for v, _ in done)
         if not math.isfinite(value):
-            raise InputError(
+            raise DivergedError(
                 f"the loss is not finite at step {self.state.step}; lower learning_rate, or look for structures with "
                 "huge labels (fmax_eV_A leaves them out)"
             )
