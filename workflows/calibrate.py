@@ -130,7 +130,8 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
         exact: Any = mdplug.load(config.model, dtype=config.dtype, radial="exact")
         plain = exact.without_kernels()
         record = {key: one.to_dict() for key, one in calibrations.items()}
-        record |= {"probes": config.probes, "data_sha256": sorted(folder.hashes.values()), "distance": data.limits()}
+        record |= {"probes": config.probes, "data_sha256": sorted(folder.hashes.values())}
+        record |= data.limits(calibrations[FORCES])
         plain.spec = replace(plain.spec, calibration=record)
         mdplug.save(plain, result.model)
         write_atomic(folder / "calibration.json", json.dumps({**record, **_plain(result)}, indent=1))

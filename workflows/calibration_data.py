@@ -24,7 +24,7 @@ class Measured:
 
     Attributes:
         members: how many. errors: length of the force error, eV/A. sigma: of forces, eV/A. number: atomic numbers.
-        extra: {"distance": feature distance (where there is one), "force": |F| eV/A}.
+        extra: {"distance": feature distance}, where there is one.
         group, structure: ints, of each atom.
         energy_errors, energy_sigma: eV per atom, of structures with an energy; energy_group: their trajectories.
     """
@@ -57,12 +57,11 @@ class Measured:
             np.maximum.at(out[name], place, values)
         return out
 
-    def limits(self) -> dict[str, float]:
-        """Feature distances that 99 % and 99.9 % of known atoms stay below."""
-        if "distance" not in self.extra:
-            return {}
-        low, high = np.quantile(self.extra["distance"], (0.99, 0.999))
-        return {"q99": float(low), "q999": float(high)}
+    def limits(self, made: Calibration) -> dict[str, float]:
+        """What one known structure in a thousand passes: its largest calibrated sigma (eV/A) and feature distance."""
+        names = {"calibrated": "sigma_max_eV_A", "distance": "distance_max"}
+        largest = self.largest(made)
+        return {name: float(np.quantile(largest[key], 0.999)) for key, name in names.items() if key in largest}
 
 
 def measure(model: Potential, structures: Sequence[Labelled], probes: int, seed: int, progress: Progress) -> Measured:
@@ -92,7 +91,6 @@ def measure(model: Potential, structures: Sequence[Labelled], probes: int, seed:
             "errors": (forces - batch.forces).norm(dim=1),
             "sigma": found.forces,
             "number": batch.system.numbers,
-            "force": forces.norm(dim=1),
             **({} if found.distance is None else {"distance": found.distance}),
         }
         for name, value in columns.items():
@@ -112,7 +110,7 @@ def measure(model: Potential, structures: Sequence[Labelled], probes: int, seed:
         progress(done, len(structures), "structures")
     a = {name: np.concatenate(parts) for name, parts in atoms.items()}
     e = {name: np.concatenate(parts) for name, parts in energies.items()}
-    extra = {name: a[name] for name in ("distance", "force") if name in a}
+    extra = {name: a[name] for name in ("distance",) if name in a}
     return Measured(
         members, a["errors"], a["sigma"], a["number"], extra, a["group"], a["structure"],
         e["errors"], e["sigma"], e["group"],

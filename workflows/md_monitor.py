@@ -27,6 +27,7 @@ UNITS = {"forces": "eV/A", "energy": "eV", "distance": "times its spread"}
 FORCES = "forces_eV_A"  # key of `Spec.calibration`
 NEAR = 0.8  # of the limit: from here on estimates are checked exactly; below it an event is over
 EXACT: Probing = (None, 0)
+FALSE_ALARM = 0.05  # of a look at which all sigmas equal the limit
 
 
 # --- what the model file knows
@@ -57,9 +58,12 @@ def _calibration(record: str) -> Any:
     return None if record == "null" else Calibration.from_dict(json.loads(record))
 
 
-def alarm_factor(members: int, atoms: int) -> float:
-    """By how much the largest of N sigmas may pass the limit: the one place where a correction for size enters."""
-    return 1.0
+@lru_cache(maxsize=8)
+def alarm_factor(members: int, atoms: int, components: int = 3) -> float:
+    """By how much the largest of N sigmas from few members may pass the limit; see `trigger_factor`."""
+    from mdplug.uncertainty_statistics import trigger_factor
+
+    return trigger_factor(members, atoms, FALSE_ALARM, components)
 
 
 def limit_of(spec: Spec) -> float | None:
@@ -193,7 +197,10 @@ class Monitor:
 
     def _worst(self, found: Uncertainty) -> tuple[int, float]:
         """The atom with the largest signal, and that over the limit."""
-        sigma = self.values(found) / alarm_factor(found.members, len(self.numbers))
+        sigma = self.values(found)
+        if self.rule.signal != "distance":  # which no sample of members blurs
+            components = 3 if self.rule.signal == "forces" else 1
+            sigma = sigma / alarm_factor(found.members, len(self.numbers), components)
         sigma = np.where(np.isfinite(sigma), self._calibrated(found, sigma), np.inf)
         atom = int(sigma.argmax())
         return atom, float(sigma[atom]) / self.rule.limit if self.rule.limit else 0.0

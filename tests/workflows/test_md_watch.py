@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -23,10 +23,11 @@ from mdplug.biased import Biased
 from mdplug.errors import InputError, RunFolderError
 from mdplug.export import export
 from mdplug.pairs import pairs
+from mdplug.potential import Potential
 from mdplug.system import AtomicSystem
 from mdplug.uncertainty import Uncertainty, uncertainty
 from mdplug.units import BOLTZMANN
-from mdplug.workflows import md
+from mdplug.workflows import md, md_monitor
 from mdplug.workflows.md_files import read_log
 from mdplug.workflows.md_monitor import Monitor, Rule, State
 from mdplug.workflows.md_watch import Uncertain
@@ -54,6 +55,38 @@ def no_picture(request, monkeypatch):
     """log.png would take most of the time here; test_the_picture and test_md.py draw it."""
     if "picture" not in request.node.name:
         monkeypatch.setattr(md, "plot_log", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def no_allowance(request, monkeypatch):
+    """Limits are those of the largest sigma as it is, but where the allowance for its sampling is tested."""
+    if "sampling" not in request.node.name and "killed" not in request.node.name:  # that one runs elsewhere
+        monkeypatch.setattr(md_monitor, "alarm_factor", lambda *_: 1.0)
+
+
+@pytest.mark.parametrize(("atoms", "members"), [(20, 4), (2000, 4), (300, 32)])
+def test_the_largest_of_many_sigmas_is_allowed_its_sampling(atoms, members, monkeypatch):
+    spec = replace(shared().spec, calibration={})
+    rng = np.random.default_rng(atoms + members)
+
+    def drawn(_):
+        forces = rng.normal(size=(members, atoms, 3)) / np.sqrt(3)  # every true sigma is 1, the limit
+        sigma = torch.tensor(np.sqrt(forces.var(axis=0, ddof=1).sum(axis=-1)))
+        zero = torch.zeros(atoms)
+        return Uncertainty(members, zero[:1], zero, torch.zeros(members, 1), forces=sigma)
+
+    def alarms(n=300):
+        model = Watched(spec)
+        monitor = Monitor(Rule(limit=1.0, probes=EXACT), model, np.ones(atoms, dtype=int), State())
+        return sum(monitor.look(step, drawn)[0].above for step in range(n)) / n
+
+    assert 0.01 < alarms() < 0.1  # 5 % of the looks
+    monkeypatch.setattr(md_monitor, "alarm_factor", lambda *_: 1.0)
+    assert alarms(50) > 0.98
+
+
+class Watched(Potential):
+    """Says what an ensemble says of itself; the energies come from the test."""
 
 
 @pytest.fixture
