@@ -55,7 +55,9 @@ class Intervals:
         )
 
 
-def from_members(members: np.ndarray, error: Any, noise: Any, dof: Any, level: float, method: str) -> Intervals:
+def from_members(
+    members: np.ndarray, error: Any, noise: Any, dof: Any, level: float, method: str, careful: bool = False
+) -> Intervals:
     """Intervals of a new draw, from K members' values that carry noise.
 
     With s^2 the variance of the members' values (K - 1), of which noise^2 is noise, the variance of the model is
@@ -67,6 +69,7 @@ def from_members(members: np.ndarray, error: Any, noise: Any, dof: Any, level: f
     Args:
         members: (K, ...). error, noise, dof: (...), see `Intervals`.
         level: between 0 and 1.
+        careful: leave the noise between the members in the total, which is then never too narrow for it.
 
     Raises:
         InputError: fewer than two members, or an impossible level.
@@ -83,9 +86,10 @@ def from_members(members: np.ndarray, error: Any, noise: Any, dof: Any, level: f
     (u, u_weight), (v, v_weight) = (_unit_gauss(n) for n in NODES)
     drawn = (count - 1) / (2 * gammaincinv((count - 1) / 2, u))  # (U,) of (K - 1) / chi2
     factor = dof[:, None] / (2 * gammaincinv(dof[:, None] / 2, v))  # (M, V) of nu / chi2
-    spread = between[:, None, None] * drawn[:, None] - (noise[:, None] ** 2 * factor)[:, None, :]
-    model = (1 + 1 / count) * np.maximum(spread, 0.0)  # (M, U, V)
-    both = model + (error[:, None] ** 2 * factor)[:, None, :]
+    spread = between[:, None, None] * drawn[:, None]
+    less = np.maximum(spread - (noise[:, None] ** 2 * factor)[:, None, :], 0.0)  # (M, U, V)
+    model = (1 + 1 / count) * less
+    both = (1 + 1 / count) * (spread if careful else less) + (error[:, None] ** 2 * factor)[:, None, :]
     weight = (u_weight[:, None] * v_weight).ravel()
     return Intervals(
         value=members.mean(axis=0)[()],

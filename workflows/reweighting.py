@@ -19,7 +19,7 @@ from mdplug.workflows.intervals import Intervals, from_members
 from mdplug.workflows.statistics import inefficiencies
 
 MIN_EFFECTIVE = 0.5  # effective fraction of the frames from which weights are good
-MAX_BETA_SIGMA = 1.0  # up to which the first order of the cumulant expansion is: beyond, 90 % intervals hold too little
+MAX_BETA_SIGMA = 1.5  # up to which the first order of the cumulant expansion is
 
 Method = Literal["direct", "cumulant"]
 Transform = Callable[[np.ndarray], Any]
@@ -32,7 +32,7 @@ class Reweighting:
         energies_eV: (F, K) total potential energy of each frame by each member; constants do not matter.
         temperature_K: of the trajectory.
         method: "direct" (weights) or "cumulant" (first order in the differences); None: direct where `effective` is
-            above 0.5, else cumulant where `beta_sigma` is up to 1, else neither will do.
+            above 0.5, else cumulant where `beta_sigma` is up to 1.5, else neither will do.
 
     Attributes:
         frames, members: numbers. kT: eV.
@@ -41,6 +41,9 @@ class Reweighting:
         effective: (sum w)^2 / (F sum w^2), the fraction of frames that the weights leave; of the worst member.
         beta_sigma: standard deviation of the members' energies about their mean / kT, offsets left out.
         method: None where the members differ too much.
+
+    Members that by chance differ little are kept more often than others: where `beta_sigma` is about 1.5, so that many
+    ensembles would be refused, the intervals of those kept are too narrow.
 
     Raises:
         InputError: energies or temperature that cannot be right.
@@ -111,7 +114,9 @@ class Reweighting:
         if transform is not None:
             shape = np.shape(transform(flat.mean(axis=tuple(range(len(lead))))))
         parts = (part.reshape(shape) for part in (error, np.sqrt(square), dof_of(independent)))
-        return from_members(np.array(values).reshape(self.members, *shape), *parts, level, self.method)
+        each = np.array(values).reshape(self.members, *shape)
+        # In one trajectory this noise is small beside the error that the members share, and costs little width.
+        return from_members(each, *parts, level, self.method, careful=True)
 
     def _one(self, k: int, series: np.ndarray, transform: Transform | None) -> tuple[np.ndarray, np.ndarray]:
         """A member's estimate (P,), and what each frame adds to its error, (F, P): the mean of that is zero."""

@@ -46,7 +46,7 @@ def test_limits_are_students(members):
 @pytest.mark.parametrize("members", [4, 8])
 def test_runs_of_members_cover_a_new_draw(members):
     random = np.random.default_rng(1)
-    many, dof = 800, 12
+    many, dof = 1000, 12
     widths = {}
     for noise in (0.0, 0.5, 1.0, 3.0):
         drawn = random.normal(size=(members + 1, many))
@@ -59,7 +59,7 @@ def test_runs_of_members_cover_a_new_draw(members):
         assert 0.855 < covered < (0.935 if noise < 1 else 0.99), noise
         # Controls: a Gaussian with K in the denominator and no 1 + 1/K; and the noise alone.
         if noise < 1:
-            assert (away < GAUSS * values.std(axis=0)).mean() < 0.85
+            assert (away < GAUSS * values.std(axis=0)).mean() < covered - 0.03
             assert (away < found.statistical).mean() < 0.5
         # Noise counted twice, once between members and once by itself, is far too wide.
         twice = stats.t.ppf(0.95, members - 1) * values.std(axis=0, ddof=1) * np.sqrt(1 + 1 / members)
@@ -114,12 +114,10 @@ def test_a_harmonic_committee_against_the_exact_one(oscillators, beta_sigma):
         assert spreads["cumulant"] == pytest.approx(0.0397, rel=0.03)
         assert chosen.method == "direct"
     else:
-        # Weights of few frames pull the members together, the first order still stands; both are refused.
+        # Few frames carry the weights of the outer members; the first order still stands.
         assert spreads["cumulant"] == pytest.approx(0.0397, rel=0.05)
         assert chosen.effective < 0.1
-        assert chosen.method is None
-        with pytest.raises(InputError, match=r"8 members differ by 1\.3. kT.*run each member by itself"):
-            chosen.intervals(squares)
+        assert chosen.method == "cumulant"
 
 
 def test_direct_and_cumulant_errors_are_those_of_repeated_runs():
@@ -166,6 +164,13 @@ def test_what_cannot_be_reweighted_is_named():
     broken[7, 2] = np.nan
     with pytest.raises(InputError, match="energies of frame 7 are not finite"):
         Reweighting(broken, 300)
+    far = harmonic(4000, 1000)
+    refused = Reweighting(far[0], kT / BOLTZMANN)
+    assert refused.method is None
+    with pytest.raises(InputError, match=r"8 members differ by 1\.\d+ kT.*run each member by itself"):
+        refused.intervals(far[1])
+    # The control: weights would have pulled the outer members in.
+    assert np.ptp(Reweighting(far[0], kT / BOLTZMANN, "direct").intervals(far[1]).members) < 0.9 * np.ptp(far[2])
     good = Reweighting(energies, kT / BOLTZMANN)
     with pytest.raises(InputError, match=r"shape \(49,\) has not the \(50,\) values"):
         good.intervals(squares[1:])
@@ -371,7 +376,7 @@ def test_the_liquid_is_one():
         edges=BINS, seed=7, density=0.05,
     )  # fmt: skip
     virial = 4 * (12 * pair.sum12 - 6 * pair.sum6).mean()
-    assert virial < -0.3
+    assert virial < -0.2
     assert 0.05 * pair.volume.mean() == pytest.approx(3 + virial / 3, rel=0.03)
 
 
