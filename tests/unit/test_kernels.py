@@ -169,6 +169,26 @@ def test_compositions_run_on_the_kernels(kind, tmp_path):
 
 
 @native
+@pytest.mark.parametrize("name", ["density", "nonlinear", "three layers, l 2"])
+def test_cotangents_of_any_output(name):
+    """As often as wanted from one forward pass; truth is autograd through the definition."""
+    model = build({**CONTRACT, **FURTHER}[name]).eval()  # training credits the slope of a pair and its reverse to one
+    system = box()
+    near = pairs(system, model.cutoff)
+    rest = (len(system.numbers), system.system_index, system.total_charge, system.total_spin, system.head)
+    vectors = near.vectors.clone().requires_grad_(True)
+    out = model.local(system.numbers, near.index, vectors, *rest)
+    got, pull = KernelMACE(model, False).local_with_pull(system.numbers, near.index, near.vectors, *rest)
+    generator = torch.Generator().manual_seed(5)
+    for keys in (["atom_energy"], ["features"], ["atom_energy", "features"]):
+        cotangents = {k: torch.randn(got[k].shape, generator=generator, dtype=torch.float64) for k in keys}
+        products = [(out[k] * c).sum() for k, c in cotangents.items()]
+        (wanted,) = torch.autograd.grad(products, [vectors], retain_graph=True)
+        scale = max(1.0, float(wanted.abs().max()))
+        torch.testing.assert_close(pull(cotangents), wanted, atol=1e-11 * scale, rtol=0)
+
+
+@native
 def test_new_weights_take_effect():
     model, other = build({"l_hidden": 1}), build({"l_hidden": 1})
     for parameter in other.parameters():

@@ -53,7 +53,8 @@ def test_every_command_has_help_for_every_option(name, capsys):
     assert code == 0
     config = import_module(cli.COMMANDS[name].module).Config
     for key in config.model_fields:
-        assert key in out
+        positional = key == cli.COMMANDS[name].positional
+        assert (key if positional else f"--{cli.SPELLED.get(key, key)}") in out
     assert "--config" in out
 
 
