@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from ase.io import read
 
 from mdplug.artifact import read_spec
 from mdplug.errors import InputError, MdplugError
-from mdplug.potential import Potential
 from mdplug.registry import resolve
 from mdplug.uncertainty_statistics import AdaptiveConformal
 from mdplug.workflows import label as labelling
@@ -36,7 +35,7 @@ from mdplug.workflows._common import (
 )
 from mdplug.workflows._structures import read_structures
 from mdplug.workflows.active_carve import to_label, with_molecules
-from mdplug.workflows.active_config import MAY_CHANGE, Config
+from mdplug.workflows.active_config import MAY_CHANGE, Config, Result
 from mdplug.workflows.active_md import (
     Candidate,
     Segment,
@@ -63,43 +62,10 @@ from mdplug.workflows.active_update import (
 )
 from mdplug.workflows.journal import as_extxyz
 
-ROOM = 1.5  # the default threshold over the largest bound on the error of a held-out structure
+ROOM = 1.5  # times the largest sigma that held-out labels have tested: beyond it nobody knows what sigma is worth
 BEYOND = 1.5  # a bound without end becomes this times the largest ratio ever seen
-LABEL_FMAX_EV_A = 30.0
-
-
-@dataclass
-class Result:
-    """What came of it; prints as lines.
-
-    Attributes:
-        folder: run folder. model: the last ensemble, calibrated. labels: all new ones. report: for people.
-        rounds: updates made. labels_used: of the budget. finished: every walker ran its time. ended: why it ended.
-        walker_ps: time of each walker.
-    """
-
-    folder: Path
-    model: Path
-    labels: Path
-    report: Path
-    rounds: int
-    labels_used: int
-    finished: bool
-    ended: str
-    walker_ps: list[float]
-
-    @property
-    def exit_code(self) -> int:
-        """3: budgets ended before the walkers did."""
-        return 0 if self.finished else 3
-
-    def __str__(self) -> str:
-        """For people."""
-        times = ", ".join(f"{t:.4g}" for t in self.walker_ps)
-        return (
-            f"{self.ended}: {self.rounds} rounds, {self.labels_used} labels, walkers at {times} ps\n"
-            f"model: {self.model}\nlabels: {self.labels}\nreport: {self.report}"
-        )
+WINDOW = 100  # labels that the bound remembers
+LABEL_FMAX_EV_A = 20.0
 
 
 class _TimeOver(MdplugError):
@@ -301,7 +267,7 @@ class _Run:
         cut = [to_label(one.atoms, one.atom, config.cluster_atoms) for one in candidates]
         if config.selection == "uncertain":
             first = [k for k, one in enumerate(candidates) if one.alarm]
-            rows = force_rows(self.body, _ensemble(self.model), cut)
+            rows = force_rows(self.body, self.model, cut)
             chosen, gains = informative(rows, Posterior.load(self.fitted.posterior), count, first)
         else:
             chosen = sorted(int(k) for k in rng.permutation(len(cut))[:count])
@@ -311,7 +277,7 @@ class _Run:
             one, atoms = candidates[k], cut[k]
             atoms.info |= {
                 "group": f"round-{number:02d}-walker-{one.walker}", "source": "active", "alarm": one.alarm,
-                "information_nats": gain, "walker": one.walker, "round": number,
+                "gain_eV2_A2": gain, "walker": one.walker, "round": number,
             }  # fmt: skip
             out.append(atoms)
         write_atomic(path, as_extxyz(out))
@@ -366,18 +332,21 @@ class _Run:
         return Fitted(folder / "ensemble.safetensors", folder / "posterior.npz", **json.loads(record.read_text()))
 
     def _set_limit(self, folder: Path, scores: list[float] | None) -> None:
-        """The force sigma at which the bound on the error reaches the threshold.
+        """The force sigma at which the bound on the error reaches the threshold, or labels that were good end.
 
-        The factor between them is conformal: it starts from held-out structures and adapts with every label.
+        The factor between sigma and the bound is conformal: it starts from held-out structures and adapts with every
+        label.
         """
         if scores is None:
-            self.bound = AdaptiveConformal(self.config.level, self.fitted.scores)
+            self.bound = AdaptiveConformal(self.config.level, self.fitted.scores, window=WINDOW)
         for score in scores or ():
             self.bound.update(score)
         self.factor = min(self.bound.factor, BEYOND * max(self.bound.scores))
         if scores is None:
             self.threshold = self.config.threshold_eV_A or ROOM * self.factor * max(self.fitted.sigma)
-        self.sigma_max = self.threshold / self.factor
+        pairs = zip(self.fitted.sigma, self.fitted.error, strict=True)
+        tested = max((sigma for sigma, error in pairs if error <= self.threshold), default=min(self.fitted.sigma))
+        self.sigma_max = min(self.threshold / self.factor, ROOM * tested)
         self.model = folder / "model.safetensors"
         if not self.model.exists():
             record = {"threshold_eV_A": self.threshold, "factor": self.factor, "labels": self.used}
@@ -419,11 +388,3 @@ class _Run:
             one.info |= {"time_ps": time_ps}
             out.append(one)
         return out
-
-
-def _ensemble(path: Path) -> Any:
-    import mdplug
-
-    made = mdplug.load(path, radial="exact")
-    assert isinstance(made, Potential)
-    return made.without_kernels()

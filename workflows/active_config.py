@@ -1,7 +1,8 @@
-"""Options of `mdplug active`."""
+"""Options and result of `mdplug active`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ MAY_CHANGE = ("time_ps", "budget_labels", "rounds", "max_hours", "threads")
 
 
 class Config(ModelConfig):
-    """Options of `mdplug active`."""
+    """Options and result of `mdplug active`."""
 
     structures: tuple[Path, ...] = Field(min_length=1, description="structure files; every frame is a walker")
     data: tuple[Path, ...] = Field(min_length=1, description="labelled extended XYZ that the model was trained on")
@@ -45,3 +46,37 @@ class Config(ModelConfig):
     replay: int = Field(1000, ge=1, description="old training structures in an update, drawn at random")
     training: dict[str, Any] = Field({}, description="options of `mdplug train` for updates")
     seed: int = Field(1, ge=0, description="of everything drawn")
+
+
+@dataclass
+class Result:
+    """What came of it; prints as lines.
+
+    Attributes:
+        folder: run folder. model: the last ensemble, calibrated. labels: all new ones. report: for people.
+        rounds: updates made. labels_used: of the budget. finished: every walker ran its time. ended: why it ended.
+        walker_ps: time of each walker.
+    """
+
+    folder: Path
+    model: Path
+    labels: Path
+    report: Path
+    rounds: int
+    labels_used: int
+    finished: bool
+    ended: str
+    walker_ps: list[float]
+
+    @property
+    def exit_code(self) -> int:
+        """3: budgets ended before the walkers did."""
+        return 0 if self.finished else 3
+
+    def __str__(self) -> str:
+        """For people."""
+        times = ", ".join(f"{t:.4g}" for t in self.walker_ps)
+        return (
+            f"{self.ended}: {self.rounds} rounds, {self.labels_used} labels, walkers at {times} ps\n"
+            f"model: {self.model}\nlabels: {self.labels}\nreport: {self.report}"
+        )

@@ -24,8 +24,9 @@ from mdplug.workflows.journal import as_extxyz
 from mdplug.workflows.md_watch import Uncertain
 
 BACK_PS = 0.05  # a walker that was stopped goes on from a frame so long before; twice as long if that did not help
-LAST_WORDS = 3  # frames before a death that may be labelled
-SANE = 10.0  # a frame whose sigma is so many times the limit is no structure to learn from
+LAST_WORDS = 3  # frames before a death: around the first of them is looked
+SANE = 3.0  # a frame whose sigma is so many times the limit is no structure to learn from
+MOST = 200  # frames of a trajectory that are looked at
 
 
 @dataclass
@@ -172,33 +173,41 @@ def look_around(
 
 
 def uncertain_frames(folder: Path, segment: Segment, limit: float) -> Iterator[Candidate]:
-    """The frame of the alarm, or the last before a death, and those that were collected around it."""
+    """The frame of the alarm, then those that were collected around it, then what led there."""
     if segment.status == "alarm":
         atoms = last_of(folder / "md" / "uncertain.extxyz")
         yield Candidate(_bare(atoms), segment.atom, segment.sigma_eV_A, segment.walker, True)
-    elif segment.status == "died":
-        for _, atoms in trajectory_of(folder)[-LAST_WORDS:]:
-            sigma = atoms.arrays["sigma_forces_eV_A"]
-            if _apart(atoms):
-                yield Candidate(_bare(atoms), int(sigma.argmax()), float(sigma.max()), segment.walker)
-    for path in sorted(folder.glob("around-*/uncertain.extxyz")):
-        for atoms in read(path, ":"):
-            sigma = atoms.arrays["sigma_forces_eV_A"]
-            if sigma.max() <= SANE * limit and _apart(atoms):
-                yield Candidate(_bare(atoms), int(sigma.argmax()), float(sigma.max()), segment.walker)
+    found = [atoms for path in sorted(folder.glob("around-*/uncertain.extxyz")) for atoms in read(path, ":")]
+    for place in _places(folder):
+        found += [atoms for _, atoms in _spread(_trajectory(place))]
+    for atoms in found:
+        sigma = atoms.arrays["sigma_forces_eV_A"]
+        if sigma.max() <= SANE * limit and _apart(atoms):
+            yield Candidate(_bare(atoms), int(sigma.argmax()), float(sigma.max()), segment.walker)
 
 
 def all_frames(folder: Path, segment: Segment, rng: np.random.Generator) -> Iterator[Candidate]:
     """Every frame that a walker and the runs around it wrote; the atom in the middle is drawn at random."""
-    for place in (folder / "md", *sorted(p for p in folder.glob("around-*") if p.is_dir())):
-        for _, atoms in _trajectory(place):
+    for place in _places(folder):
+        for _, atoms in _spread(_trajectory(place)):
             if _apart(atoms):
                 yield Candidate(_bare(atoms), int(rng.integers(len(atoms))), float("nan"), segment.walker)
 
 
+def _places(folder: Path) -> list[Path]:
+    return [folder / "md", *sorted(p for p in folder.glob("around-*") if p.is_dir())]
+
+
+def _spread(frames: list[tuple[float, Atoms]]) -> list[tuple[float, Atoms]]:
+    if len(frames) <= MOST:
+        return frames
+    return [frames[k] for k in np.linspace(0, len(frames) - 1, MOST).astype(int)]
+
+
 def last_of(path: Path) -> Atoms:
     """The last frame of a file."""
-    return read(path, -1)
+    found: Any = read(path, -1)
+    return found
 
 
 def _bare(atoms: Atoms) -> Atoms:

@@ -151,8 +151,8 @@ def plot(path: Path, rounds: Sequence[Round]) -> None:
             x, y = ([row[key] for row in chosen] for key in ("sigma_eV_A", "error_eV_A"))
             left.plot(x, y, ".", label=name)
     if seen:
-        x = np.array(sorted(row["sigma_eV_A"] for row in seen))
-        left.plot(x, rounds[-1].factor * x, "k-", lw=0.8, label="bound, at the end")
+        line = np.array(sorted(row["sigma_eV_A"] for row in seen))
+        left.plot(line, rounds[-1].factor * line, "k-", lw=0.8, label="bound, at the end")
         left.axhline(rounds[-1].threshold_eV_A, color="k", ls=":", lw=0.8, label="threshold")
         left.set(xscale="log", yscale="log")
         left.legend(frameon=False, fontsize="small")

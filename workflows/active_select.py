@@ -1,10 +1,10 @@
-"""Which frames to label: those that together tell most about what the labels so far leave open.
+"""Which frames to label: those that together lower most what the error of all forces met in dynamics may be.
 
-The readout of a potential has a Gaussian posterior (see `last_layer`). A label of forces shrinks it; the information in
-a set of frames is half the logarithm of how much its volume shrinks, and frames are taken one by one, each for what it
-adds to those before it (D-optimal design by greedy steps; D. J. C. MacKay, Neural Comput. 4, 590 (1992)). What is
-uncertain counts, and what was said before does not count twice, so that the choice is diverse. No chance takes part:
-of frames that say the same the first is taken.
+The readout of a potential has a Gaussian posterior (see `last_layer`), which says what squared error to expect of the
+forces of every candidate. A label shrinks it, for all of them; frames are taken one by one, each for the greatest fall
+of the mean over all candidates, given those before it (D. Cohn, Z. Ghahramani, M. Jordan, J. Artif. Intell. Res. 4, 129
+(1996); V-optimal design by greedy steps). What is uncertain counts, and what is met often; what was said before does not
+count twice, so that the choice is diverse. No chance takes part: of frames that say the same the first is taken.
 """
 
 from __future__ import annotations
@@ -78,15 +78,16 @@ def unlabelled(frames: Sequence[Atoms]) -> list[Labelled]:
     ]  # fmt: skip
 
 
-def force_rows(body: Path, model: SharedMembers, frames: Sequence[Atoms]) -> list[np.ndarray]:
+def force_rows(body: Path, ensemble: Path, frames: Sequence[Atoms]) -> list[np.ndarray]:
     """(DIRECTIONS, D) of each frame: how its forces hang on the weights, so that rows^T rows is that of all components.
 
     Args:
-        body: model file of the body of `model`, whose feature statistics are used.
+        body: model file of the body of `ensemble`, whose feature statistics are used.
     """
-    fast = mdplug.load(body, dtype="float64", radial="tables")
-    if not isinstance(fast, Potential):
-        raise InputError(f"{body} is an exported file; selection needs a .safetensors model file")
+    fast, made = mdplug.load(body, dtype="float64", radial="tables"), mdplug.load(ensemble, radial="exact")
+    model = made.without_kernels() if isinstance(made, Potential) else made
+    if not isinstance(fast, Potential) or not isinstance(model, SharedMembers):
+        raise InputError(f"{ensemble} is no ensemble on one body; make one with `mdplug ensemble`")
     own = {name: getattr(model, name).double().cpu().numpy() for name in ("centre", "scale", "centre_of", "whiten")}
     loader = Loader(unlabelled(frames), fast.cutoff, references_of(fast))
     found = gather(fast, loader, FeatureStatistics(**own), fast.spec.species, DIRECTIONS, 0)
@@ -97,20 +98,28 @@ def force_rows(body: Path, model: SharedMembers, frames: Sequence[Atoms]) -> lis
 def informative(
     rows: Sequence[np.ndarray], posterior: Posterior, count: int, first: Sequence[int] = ()
 ) -> tuple[list[int], list[float]]:
-    """Frames that together say most.
+    """Frames that together say most of all frames.
 
     Args:
         rows: of each frame, see `force_rows`. count: how many to take, `first` included. first: taken before others.
 
     Returns:
-        Their indices in the order of choice, and the information of each given those before it, in nats.
+        Their indices in the order of choice, and by how much each lowers the expected squared error of force
+        components, summed over all frames, given those before it, eV^2/A^2.
     """
-    shaped = [x @ posterior.root / posterior.noise for x in rows]
-    inverse = np.eye(posterior.root.shape[0])
+    shaped = [x @ posterior.root for x in rows]
+    covariance = np.eye(posterior.root.shape[0])
+    wanted = np.add.reduce([a.T @ a for a in shaped])
+    unit = posterior.noise**2
+
+    def step(a: np.ndarray) -> np.ndarray:
+        """What a label takes off the covariance."""
+        through = covariance @ a.T
+        taken: np.ndarray = through @ np.linalg.solve(unit * np.eye(len(a)) + a @ through, through.T)
+        return taken
 
     def gain(k: int) -> float:
-        a = shaped[k]
-        return 0.5 * float(np.linalg.slogdet(np.eye(len(a)) + a @ inverse @ a.T)[1])
+        return float(np.sum(wanted * step(shaped[k])))
 
     chosen: list[int] = []
     gains: list[float] = []
@@ -119,9 +128,7 @@ def informative(
     while left and len(chosen) < count:
         best = queue.pop(0) if queue else max(left, key=gain)  # the first of equals
         gains.append(gain(best))
-        a = shaped[best]
-        through = inverse @ a.T
-        inverse = inverse - through @ np.linalg.solve(np.eye(len(a)) + a @ through, through.T)
+        covariance = covariance - step(shaped[best])
         chosen.append(best)
         left.remove(best)
     return chosen, gains

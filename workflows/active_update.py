@@ -33,6 +33,7 @@ from mdplug.workflows.trainer import DivergedError, predictions
 PROBES = 16  # random mixtures of members behind a force sigma
 DIRECTIONS = 8  # random directions for the forces of a structure, in the fit of members
 HELD_MOST = 300  # held-out structures that are looked at
+HELD_FMAX_EV_A = 10.0  # and that dynamics can meet: sigma is calibrated for these
 HELD_SHARE = 0.15  # of the groups, where no structure is of the split "valid"
 EVERY_HELD = 5  # every fifth new label is held out, too
 WORSE = 1.05  # largest ratio of the new to the old force error on held-out structures
@@ -49,7 +50,7 @@ OPTIMISER = {"learning_rate": 0.003, "warm_up_steps": 20, "ema_decay": 0.98}
 def write_known(paths: Sequence[Path], replay: int, seed: int, output: Path) -> None:
     """The labels that the model was trained on, with a split for each: all held-out ones, `replay` of the others.
 
-    Held out are those of the split "valid"; without such, whole groups drawn at random.
+    Held out are those of the split "valid" without huge forces; without such a split, whole groups drawn at random.
 
     Raises:
         InputError: no labels, or nothing to hold out.
@@ -65,6 +66,7 @@ def write_known(paths: Sequence[Path], replay: int, seed: int, output: Path) -> 
         drawn = {groups[g] for g in rng.permutation(len(groups))[: max(1, round(HELD_SHARE * len(groups)))]}
         held = [k for k in old if structures[k].group in drawn]
         old = [k for k in old if structures[k].group not in drawn]
+    held = [k for k in held if _largest_force(structures[k]) <= HELD_FMAX_EV_A]
     if not old or not held:
         raise InputError("the data are of one group, so nothing can be held out; set info['split'] of some to valid")
     out = []
@@ -75,6 +77,10 @@ def write_known(paths: Sequence[Path], replay: int, seed: int, output: Path) -> 
             atoms.info |= {"split": split, "group": structures[k].group}
             out.append(atoms)
     write_atomic(output, as_extxyz(out))
+
+
+def _largest_force(structure: Labelled) -> float:
+    return float("nan") if structure.forces is None else float(structure.forces.norm(dim=1).max())
 
 
 def as_new(labelled: Sequence[Atoms], before: int, weight: float) -> list[Atoms]:

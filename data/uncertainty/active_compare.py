@@ -65,8 +65,7 @@ def main(frames, model, known, which, seed, output):
             else:
                 if fitted is None:
                     fitted = fit_members(output, body, [known], MEMBERS, "bootstrap", seed, silent)
-                ensemble = mdplug.load(fitted.model, radial="exact").without_kernels()
-                found = force_rows(body, ensemble, [pool[k] for k in left])
+                found = force_rows(body, fitted.model, [pool[k] for k in left])
                 picked, _ = informative(found, Posterior.load(fitted.posterior), count)
                 chosen = [left[k] for k in picked]
             taken += chosen

@@ -75,7 +75,7 @@ def frames(system, role, temperature_K, count, apart, seed):
 def main(folder):
     """Everything."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {}
+    parts: dict[str, list] = {}
     for s, system in enumerate(SYSTEMS):
         for k, (role, temperature_K, count, apart) in enumerate(TRAJECTORIES):
             path = folder / f"part-{s}-{k}.extxyz"

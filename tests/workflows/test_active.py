@@ -271,34 +271,49 @@ def _posterior(rng, width=6):
     return active_select.Posterior(rng.normal(size=(width, width)), 0.3)
 
 
-def test_selection_is_the_greedy_one_by_determinants():
+def expected_error(rows, posterior, chosen):
+    """Sum of the posterior variances of all rows once the chosen frames are labelled, from the normal equations."""
+    precision = np.linalg.inv(posterior.root @ posterior.root.T)
+    for k in chosen:
+        precision = precision + rows[k].T @ rows[k] / posterior.noise**2
+    covariance = np.linalg.inv(precision)
+    return sum(np.trace(x @ covariance @ x.T) for x in rows)
+
+
+def test_selection_is_the_greedy_one_by_expected_errors():
     rng = np.random.default_rng(2)
     posterior = _posterior(rng)
     rows = [rng.normal(size=(3, 6)) for _ in range(9)]
-    covariance = posterior.root @ posterior.root.T / posterior.noise**2
-
-    def volume(chosen):
-        x = np.concatenate([rows[k] for k in chosen])
-        return 0.5 * np.log(np.linalg.det(np.eye(len(x)) + x @ covariance @ x.T))
-
     expected = []
     for _ in range(4):
-        expected.append(max((k for k in range(9) if k not in expected), key=lambda k: volume([*expected, k])))
+        left = [k for k in range(9) if k not in expected]
+        expected.append(min(left, key=lambda k: expected_error(rows, posterior, [*expected, k])))
     chosen, gains = active_select.informative(rows, posterior, 4)
     assert chosen == expected
-    assert sum(gains) == pytest.approx(volume(chosen))
+    assert sum(gains) == pytest.approx(
+        expected_error(rows, posterior, []) - expected_error(rows, posterior, chosen), rel=1e-9
+    )
+    worst = max(range(9), key=lambda k: expected_error(rows, posterior, [k]))
+    assert chosen[0] != worst
 
 
 def test_what_was_said_before_is_not_chosen():
-    rng = np.random.default_rng(3)
     posterior = active_select.Posterior(np.eye(6), 0.01)
     loud, other = np.zeros((1, 6)), np.zeros((1, 6))
     loud[0, 0], other[0, 1] = 10.0, 1.0
     chosen, gains = active_select.informative([loud, loud * 1.01, other], posterior, 2)
     assert chosen == [1, 2]  # though the other loud one has ten times the sigma
     assert active_select.informative([loud, other, loud * 1.01], posterior, 2, first=[1])[0] == [1, 2]
-    assert len(active_select.informative([rng.normal(size=(1, 6))], posterior, 5)[0]) == 1
+    assert len(active_select.informative([other], posterior, 5)[0]) == 1
     assert gains[0] > gains[1] > 0
+
+
+def test_what_is_met_often_counts():
+    posterior = active_select.Posterior(np.eye(6), 0.1)
+    rare, common = np.zeros((1, 6)), np.zeros((1, 6))
+    rare[0, 0], common[0, 1] = 1.5, 1.0
+    assert active_select.informative([rare, common], posterior, 1)[0] == [0]
+    assert active_select.informative([rare, *[common] * 4], posterior, 1)[0] == [1]
 
 
 def test_posterior_is_the_inverse_of_the_equations(tmp_path):
