@@ -27,7 +27,7 @@ def narrowed(mace: MACE, species: Sequence[int]) -> MACE:
     if unknown or not kept:
         known = " ".join(chemical_symbols[z] for z in spec.species)
         raise InputError(f"{spec.name!r} cannot be narrowed to {' '.join(unknown) or 'no element'}; it knows {known}")
-    small = MACE.from_spec(replace(spec, species=kept)).to(dtype_of(mace))
+    small = MACE(replace(spec, species=kept)).to(dtype_of(mace))
     rows = torch.tensor([spec.species.index(z) for z in kept])
     wanted = small.state_dict()
     tensors = {}
