@@ -3,8 +3,8 @@
 The readout of a potential has a Gaussian posterior (see `last_layer`), which says what squared error to expect of the
 forces of every candidate. A label shrinks it, for all of them; frames are taken one by one, each for the greatest fall
 of the mean over all candidates, given those before it (D. Cohn, Z. Ghahramani, M. Jordan, J. Artif. Intell. Res. 4, 129
-(1996); V-optimal design by greedy steps). What is uncertain counts, and what is met often; what was said before does not
-count twice, so that the choice is diverse. No chance takes part: of frames that say the same the first is taken.
+(1996); V-optimal design by greedy steps). What is uncertain counts, and what is met often; what was said before does
+not count twice, so that the choice is diverse. No chance takes part: of frames that say the same the first is taken.
 """
 
 from __future__ import annotations
