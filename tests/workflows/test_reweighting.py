@@ -133,6 +133,22 @@ def test_direct_and_cumulant_errors_are_those_of_repeated_runs():
         assert np.mean([one.noise for one in found]) == pytest.approx(noise, rel=0.2)
 
 
+def test_weights_of_too_few_frames_would_be_wrong():
+    """Why members that differ much are refused: the stated error of the outer members is far too small."""
+    ratios = {}
+    for n in (200, 4000):
+        errors, stated = [], []
+        for seed in range(40):
+            energies, squares, exact, kT = harmonic(n, 300, seed)
+            one = Reweighting(energies, kT / BOLTZMANN, "direct")
+            outer = one.intervals(squares).members[[0, -1]] - exact[[0, -1]]
+            errors.append((outer**2).mean())
+            stated.append(np.mean([mean_error(one._one(k, squares[:, None], None)[1])[0] ** 2 for k in (0, 7)]))
+        ratios[n] = np.sqrt(np.mean(errors) / np.mean(stated))
+    assert ratios[200] < 1.35
+    assert ratios[4000] > 2.0
+
+
 def test_only_differences_of_energies_count():
     energies, squares, _, kT = harmonic(200, 500)
     plain = Reweighting(energies, kT / BOLTZMANN).intervals(squares)
@@ -169,8 +185,6 @@ def test_what_cannot_be_reweighted_is_named():
     assert refused.method is None
     with pytest.raises(InputError, match=r"8 members differ by 1\.\d+ kT.*run each member by itself"):
         refused.intervals(far[1])
-    # The control: weights would have pulled the outer members in.
-    assert np.ptp(Reweighting(far[0], kT / BOLTZMANN, "direct").intervals(far[1]).members) < 0.9 * np.ptp(far[2])
     good = Reweighting(energies, kT / BOLTZMANN)
     with pytest.raises(InputError, match=r"shape \(49,\) has not the \(50,\) values"):
         good.intervals(squares[1:])
@@ -357,7 +371,7 @@ def test_intervals_hold_the_truth_of_a_liquid(well, diameter):
     for name, (total, model, statistical, gauss, _, _) in table.means().items():
         assert 0.85 <= total <= 0.95, name
         assert statistical < 0.8, name
-        assert gauss < 0.83, name
+        assert gauss < total - 0.05, name
         assert model < total, name
 
 
