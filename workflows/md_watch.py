@@ -175,10 +175,10 @@ class Watch:
         found = self.found
         assert found is not None
         self._sigma.write(next(reversed(frame.arrays.values())))
+        if self.biased:  # its frames are not those of the members' mean, which reweighting starts from
+            return
         members = found.member_energy[:, 0].cpu().numpy()
-        # The mean of the members is the potential without its bias: so they get its reference energies.
-        mean = frame.potential_energy - (0.0 if found.bias is None else float(found.bias))
-        members = members - members.mean() + mean
+        members = members - members.mean() + frame.potential_energy  # with its reference energies
         if not self._members.size:
             names = ("time_ps", *(f"member_{k}_eV" for k in range(len(members))))
             self._members.append(",".join(names) + "\n")
