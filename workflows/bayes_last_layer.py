@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mdplug.errors import InputError
-from mdplug.pairs import Pairs
+from mdplug.pairs import pair_vectors
 from mdplug.potential import Potential
 from mdplug.potentials.members import SharedMembers
-from mdplug.system import AtomicSystem
-from mdplug.uncertainty import linearised
+from mdplug.uncertainty import Pulled, linearised
 from mdplug.workflows.bayes import BayesConfig, displaced
 from mdplug.workflows.bayes_posterior import Noise
 from mdplug.workflows.bayes_sampler import Target
-from mdplug.workflows.dataset import Loader
+from mdplug.workflows.dataset import Batch, Loader
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Linear:
         features, numbers = [], []
         for chosen in data.plan(None):
             batch = data.collate(chosen)
-            features.append(linearised(body, batch.system, batch.pairs)[0]["features"].to(torch.float64))
+            features.append(self._linearised(batch)[0]["features"].to(torch.float64))
             numbers.append(batch.system.numbers)
         self.features, self.numbers = torch.cat(features), torch.cat(numbers)
         self.centre = self.features.mean(dim=0)
@@ -62,9 +61,15 @@ class Linear:
         self.scale = torch.where(spread > 1e-9 * spread.max(), 1.0 / spread.clamp_min(1e-300), torch.zeros_like(spread))
         self.species = torch.tensor(body.spec.species) if energies else torch.zeros(0, dtype=torch.int64)
 
-    def design(self, system: AtomicSystem, pairs: Pairs) -> Design:
+    def _linearised(self, batch: Batch) -> tuple[dict[str, Tensor], Pulled]:
+        system, found = batch.system, batch.pairs  # a batch brings no vectors: training forms them on its own
+        vectors = pair_vectors(system, found.index, found.shifts)
+        return linearised(self.body, system, replace(found, vectors=vectors, system=system))
+
+    def design(self, batch: Batch) -> Design:
         """Of a batch of structures."""
-        out, pulled = linearised(self.body, system, pairs)
+        system = batch.system
+        out, pulled = self._linearised(batch)
         features = out["features"]
         white = (features.to(torch.float64) - self.centre) * self.scale
         kinds = (system.numbers.unsqueeze(1) == self.species).to(torch.float64)
@@ -111,6 +116,8 @@ class Quadratic:
     Attributes:
         back: (W, W), weights = back @ position. mean, covariance: of the weights at fixed noise, exactly.
     """
+
+    displacement = 1e-3
 
     def __init__(self, moments: dict[str, Moments], noise: Noise, width: Tensor, scale_width: float):
         self.moments, self.noise, self.width, self.scale_width = moments, noise, width, scale_width
@@ -193,7 +200,7 @@ class LastLayer:
         }
         for chosen in data.plan(None):
             batch = data.collate(chosen)
-            design = linear.design(batch.system, batch.pairs)
+            design = linear.design(batch)
             if energies:
                 residual = batch.energy / batch.n_atoms - design.energy_body
                 moments["energy"].add(design.energy, residual, batch.energy_weight)
@@ -208,7 +215,7 @@ class LastLayer:
         width[: linear.features.shape[1]] /= math.sqrt(linear.features.shape[1])
         self.target = Quadratic(moments, self.noise, width, config.scale_width)
         batch = probed.collate(range(len(probed.structures)))
-        self.probe = linear.design(batch.system, batch.pairs)
+        self.probe = linear.design(batch)
         order = torch.randperm(len(self.probe.forces), generator=torch.Generator().manual_seed(seed))
         self.components = order[: config.probe_forces].sort().values
         names = ["log_posterior", *(f"ln_sigma_{n}" for k, n in enumerate(noise.names) if bool(noise.sampled[k]))]

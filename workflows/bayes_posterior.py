@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mdplug.deployed import call, deploy
 from mdplug.errors import InputError
-from mdplug.potential import Potential
+from mdplug.potential import Potential, dtype_of
 from mdplug.workflows._common import Config
 from mdplug.workflows.dataset import Batch, Loader
 
@@ -150,6 +150,7 @@ class Posterior:
             for name, one in self.weights.items()
         ]
         self.sizes = torch.cat(sizes)
+        self.displacement = 1e-5 if dtype_of(potential) is torch.float64 else 3e-4
         width = torch.full_like(self.sizes, config.prior_width)
         self.width = torch.cat([width, width.new_full((noise.n_sampled,), config.scale_width)])
 

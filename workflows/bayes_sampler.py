@@ -25,15 +25,14 @@ from torch import Tensor
 from mdplug.errors import InputError
 from mdplug.workflows._common import Config
 
-TURNS = (0.0, 0.125, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0)  # of the burn-in, where G and the step are set anew
+TURNS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the burn-in, where G and the step are set anew
 REMEMBERED = 0.5  # of the burn-in: before it chains may be hot; from there on what turns measure is taken together
-POWER_STEPS = 15  # of the iteration that finds the stiffest direction; a third of it at places of earlier turns
+POWER_STEPS = 12  # of the iteration that finds the stiffest direction; a third of it at places of earlier turns
 FEW = 64  # numbers up to which the whole Hessian is measured
 FARTHEST = 5.0  # standard deviations that a weight may seem to be from equilibrium; else it is taken as stiffer
-PROBES = 10  # random directions that measure the rows of the Hessian
+PROBES = 8  # random directions that measure the rows of the Hessian
 CURVED_BATCHES = 4  # whose curvature a turn measures
 NOISY_BATCHES = 16  # and whose gradients' scatter
-DISPLACEMENT = 3e-4  # length of the differences that measure curvature, in typical sizes of weights
 
 
 class SamplerConfig(Config):
@@ -73,7 +72,13 @@ class SamplerConfig(Config):
 
 
 class Target(Protocol):
-    """What is sampled: exp(-U), U = sum over data - log prior."""
+    """What is sampled: exp(-U), U = sum over data - log prior.
+
+    Attributes:
+        displacement: length of differences of gradients that its arithmetic resolves.
+    """
+
+    displacement: float
 
     def plan(self, seed: int | None) -> list[list[int]]:
         """Batches that hold every datum once, in an order that `seed` decides."""
@@ -146,7 +151,7 @@ class State:
         step: taken so far. position, velocity, first: (P,) where it is, how fast, Adam's first moment.
         squares: (P,) mean of squared gradients since `since`. root: (P,) or (P, P) R, G = R R^T. stiffest: (P,)
             direction.
-        hessian: mean of H^2 (P, P), or of its diagonal (P,), at `places`.
+        hessian: mean of |H| (P, P), or of the diagonal of H^2 (P,), at `places`.
         curvature, scatter: of the last turn: largest eigenvalue of R^T H R; mean over weights of the variance of R^T
             times a batch's gradient.
         noise: state of the generator. seen: what `observe` gave at each sample. kept: positions of some samples.
@@ -342,8 +347,12 @@ class Chain:
 
             def product(direction: Tensor, length: float) -> Tensor:
                 """H times a direction, by a difference of gradients over a small length."""
-                there = self.gradient(place + direction * (length / direction.norm()), chosen, factor)[1]
-                return (there - here) * (direction.norm() / length)
+                d = direction * (length / direction.norm())
+                there = self.gradient(place + d, chosen, factor)[1]
+                if len(d) > FEW:
+                    return (there - here) * (direction.norm() / length)
+                # A stiff direction would spoil a soft one by its third derivative.
+                return (there - self.gradient(place - d, chosen, factor)[1]) * (0.5 * direction.norm() / length)
 
             return here, product
 
@@ -363,7 +372,7 @@ class Chain:
         for n_back, place in enumerate(reversed(state.places)):
             product = hessian_at(place)[1] if n_back else product
             for _ in range(POWER_STEPS if n_back == 0 else POWER_STEPS // 3):
-                y = times_transposed(root, product(times(root, x), DISPLACEMENT))
+                y = times_transposed(root, product(times(root, x), self.target.displacement))
                 found = float(y.norm())
                 if not math.isfinite(found) or found == 0.0:
                     raise InputError(
@@ -388,18 +397,19 @@ class Chain:
         softest = self.target.prior_curvature()  # the prior's part is known: nothing is softer than that
         n = len(squares)
         if n <= FEW:
-            rows = torch.stack([product(one, DISPLACEMENT) for one in torch.eye(n, dtype=squares.dtype)])
-            rows = 0.5 * (rows + rows.t())
-            square = rows @ rows
+            rows = torch.stack([product(one, self.target.displacement) for one in torch.eye(n, dtype=squares.dtype)])
+            values, vectors = torch.linalg.eigh(0.5 * (rows + rows.t()))
+            found = (vectors * values.abs()) @ vectors.t()
         else:
+            length = self.target.displacement * math.sqrt(n)
             signs = [torch.randn(n, generator=generator, dtype=squares.dtype).sign() for _ in range(PROBES)]
-            square = torch.stack([product(z, DISPLACEMENT * math.sqrt(n)) for z in signs]).square().mean(dim=0)
+            found = torch.stack([product(z, length) for z in signs]).square().mean(dim=0)
         n_places = len(self.state.places)
-        self.state.hessian = square if n_places == 1 else self.state.hessian.lerp(square, 1.0 / n_places)
+        self.state.hessian = found if n_places == 1 else self.state.hessian.lerp(found, 1.0 / n_places)
         most = FARTHEST**2 * config.temperature
         if n <= FEW:
             values, vectors = torch.linalg.eigh(self.state.hessian)
-            stiff = torch.maximum(values.clamp_min(0.0).sqrt(), softest.min())
+            stiff = torch.maximum(values, softest.min())
             return vectors * torch.maximum(stiff, (vectors.t() @ gradient).square() / most).rsqrt()
         return torch.maximum(self.state.hessian.sqrt() + softest, gradient.square() / most).rsqrt()
 

@@ -101,6 +101,8 @@ def test_what_a_preconditioner_that_follows_the_position_does_and_that_a_frozen_
 class Regression:
     """y = X w + noise of unit variance, prior N(0, 1): the posterior is known. Several copies are sampled in one."""
 
+    displacement = 1e-4
+
     def __init__(self, n=60, copies=15, batch=60, seed=0):
         rng = np.random.default_rng(seed)
         self.x = torch.tensor(rng.normal(size=(n, 4)) @ np.diag(2.0 ** np.arange(4)))
