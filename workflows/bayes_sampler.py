@@ -1,9 +1,9 @@
 """Sampling by stochastic gradients: preconditioned Langevin dynamics, and Hamiltonian dynamics with friction.
 
-A chain first descends (Adam), then burns in, then samples. The preconditioner G is diagonal and constant between a few
-turns of the burn-in, the last of which is its end: then div G, the term Gamma that preconditioned SGLD would need at
-every step (and that is mostly left out), is zero, and what is sampled is exp(-U / temperature) up to the step. The step
-is a fraction of the largest stable one, or less where the noise of batches would heat the chain; turns measure both.
+A chain first descends (by Adam, and over few weights then by Newton's method), then burns in, then samples. The
+preconditioner G is constant between a few turns of the burn-in, the last of which is its end: div G, the term Gamma of
+an adaptive preconditioner that is mostly left out, is then zero, and what is sampled is exp(-U / temperature) up to the
+step. That is a fraction of the largest stable one, or less where the noise of batches would heat the chain.
 
 Refs.: SGLD, M. Welling and Y. W. Teh, ICML 2011; its preconditioner, C. Li et al., AAAI 2016; SGHMC, T. Chen et al.,
 ICML 2014; G from rows of H, Y. Dauphin et al., NeurIPS 2015; BAOAB, B. Leimkuhler and C. Matthews, J. Chem. Phys. 138,
@@ -24,13 +24,10 @@ from torch import Tensor
 
 from mdplug.errors import InputError
 from mdplug.workflows._common import Config
+from mdplug.workflows.bayes_curvature import FEW, Local, minimum, root_of, stiffest, times, times_transposed
 
 TURNS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # of the burn-in, where G and the step are set anew
 REMEMBERED = 0.5  # of the burn-in: before it chains may be hot; from there on what turns measure is taken together
-POWER_STEPS = 12  # of the iteration that finds the stiffest direction; a third of it at places of earlier turns
-FEW = 64  # numbers up to which the whole Hessian is measured
-FARTHEST = 5.0  # standard deviations that a weight may seem to be from equilibrium; else it is taken as stiffer
-PROBES = 8  # random directions that measure the rows of the Hessian
 CURVED_BATCHES = 4  # whose curvature a turn measures
 NOISY_BATCHES = 16  # and whose gradients' scatter
 
@@ -93,16 +90,6 @@ class Target(Protocol):
         """(P,) second derivative of -log prior, or a lower bound."""
 
 
-def times(root: Tensor, x: Tensor) -> Tensor:
-    """R x, of a diagonal (P,) or a whole (P, P) R."""
-    return root * x if root.dim() == 1 else root @ x
-
-
-def times_transposed(root: Tensor, x: Tensor) -> Tensor:
-    """R^T x."""
-    return root * x if root.dim() == 1 else root.t() @ x
-
-
 def langevin(
     position: Tensor, gradient: Tensor, root: Tensor, step: float, temperature: float, noise: Tensor
 ) -> Tensor:
@@ -151,7 +138,7 @@ class State:
         step: taken so far. position, velocity, first: (P,) where it is, how fast, Adam's first moment.
         squares: (P,) mean of squared gradients since `since`. root: (P,) or (P, P) R, G = R R^T. stiffest: (P,)
             direction.
-        hessian: mean of |H| (P, P), or of the diagonal of H^2 (P,), at `places`.
+        places: (P,) each, of the turns that are taken together. measured: H (P, P) there, or the diagonal of H^2 (P,).
         curvature, scatter: of the last turn: largest eigenvalue of R^T H R; mean over weights of the variance of R^T
             times a batch's gradient.
         noise: state of the generator. seen: what `observe` gave at each sample. kept: positions of some samples.
@@ -164,12 +151,12 @@ class State:
     root: Tensor
     stiffest: Tensor
     noise: Tensor
-    hessian: Tensor
     step: int = 0
     since: int = 0
     curvature: float = 0.0
     scatter: float = 0.0
     places: list[Tensor] = field(default_factory=list)
+    measured: list[Tensor] = field(default_factory=list)
     seen: list[Tensor] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
 
@@ -198,7 +185,6 @@ class Chain:
         self.state = State(
             start.clone(), zero, zero.clone(), zero.clone(), torch.ones_like(start),
             torch.randn(start.shape, generator=self.generator, dtype=start.dtype), self.generator.get_state(),
-            torch.zeros(0, dtype=start.dtype),
         )  # fmt: skip
         first = config.approach_steps
         self.turns = sorted({first + round(part * config.burn_in_steps) for part in TURNS})
@@ -342,76 +328,44 @@ class Chain:
         chosen = plan if config.full_batch else _evenly(plan, CURVED_BATCHES)
         factor = len(plan) / len(chosen)
 
-        def hessian_at(place: Tensor) -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
-            here = self.gradient(place, chosen, factor)[1]
+        def local(place: Tensor) -> Local:
+            return Local.at(lambda x: self.gradient(x, chosen, factor), place, self.target.displacement)
 
-            def product(direction: Tensor, length: float) -> Tensor:
-                """H times a direction, by a difference of gradients over a small length."""
-                d = direction * (length / direction.norm())
-                there = self.gradient(place + d, chosen, factor)[1]
-                if len(d) > FEW:
-                    return (there - here) * (direction.norm() / length)
-                # A stiff direction would spoil a soft one by its third derivative.
-                return (there - self.gradient(place - d, chosen, factor)[1]) * (0.5 * direction.norm() / length)
-
-            return here, product
-
+        softest, measures = self.target.prior_curvature(), config.preconditioner == "curvature"
+        if state.step == config.approach_steps and measures and len(state.position) <= FEW:
+            state.position = minimum(local(state.position), config.temperature, float(softest.min()))
         if state.step <= self._remembered:
-            state.places = []
+            state.places, state.measured = [], []
         state.places = [*state.places, state.position.clone()]
         # A generator of its own: a turn is the same whenever the chain is continued.
         generator = torch.Generator().manual_seed(self.seed + 104729 * (state.step + 1))
-        here, product = hessian_at(state.position)
+        here = local(state.position)
         if state.step == 0:
-            state.squares = here.square()
-        state.root = root = self._root(here, product, generator)
+            state.squares = here.gradient.square()
+        if measures:  # the prior's part of the curvature is known: nothing is softer than that
+            state.measured.append(here.measured(generator))
+            state.root = root_of(state.measured, here.gradient, config.temperature, softest)
+        elif config.preconditioner == "rmsprop":
+            size = state.squares.sqrt()
+            state.root = (1e-5 * size.max() + size).rsqrt()
+        root = state.root
         noise = torch.randn(state.velocity.shape, generator=generator, dtype=state.velocity.dtype)
         state.velocity = math.sqrt(config.temperature) * times(root, noise)  # in equilibrium with the new masses
-        x = state.stiffest / state.stiffest.norm()
-        state.curvature = 0.0
-        for n_back, place in enumerate(reversed(state.places)):
-            product = hessian_at(place)[1] if n_back else product
-            for _ in range(POWER_STEPS if n_back == 0 else POWER_STEPS // 3):
-                y = times_transposed(root, product(times(root, x), self.target.displacement))
-                found = float(y.norm())
-                if not math.isfinite(found) or found == 0.0:
-                    raise InputError(
-                        f"the chain with seed {self.seed} finds no curvature at step {state.step}; lower learning_rate"
-                    )
-                x = y / y.norm()
-            state.curvature = max(state.curvature, found)
-        state.stiffest = x
+        if root.dim() == 2:
+            whole = torch.stack([root.t() @ one @ root for one in state.measured])
+            state.curvature = float(torch.linalg.eigvalsh(whole).abs().max())
+        else:
+            places = [here, *(local(place) for place in reversed(state.places[:-1]))]
+            state.curvature, state.stiffest = stiffest(places, root, state.stiffest)
+        if not math.isfinite(state.curvature) or state.curvature == 0.0:
+            raise InputError(
+                f"the chain with seed {self.seed} finds no curvature at step {state.step}; lower learning_rate"
+            )
         state.scatter = 0.0
         if not config.full_batch and len(plan) > 1:
             parts = [self.gradient(state.position, [one], float(len(plan)))[1] for one in _evenly(plan, NOISY_BATCHES)]
             state.scatter = float(torch.stack([times_transposed(root, g) for g in parts]).var(dim=0).mean())
         state.since = state.step
-
-    def _root(self, gradient: Tensor, product: Callable[[Tensor, float], Tensor], generator: torch.Generator) -> Tensor:
-        squares, config = self.state.squares, self.config
-        if config.preconditioner == "none":
-            return torch.ones_like(squares)
-        if config.preconditioner == "rmsprop":
-            size = squares.sqrt()
-            return (1e-5 * size.max() + size).rsqrt()
-        softest = self.target.prior_curvature()  # the prior's part is known: nothing is softer than that
-        n = len(squares)
-        if n <= FEW:
-            rows = torch.stack([product(one, self.target.displacement) for one in torch.eye(n, dtype=squares.dtype)])
-            values, vectors = torch.linalg.eigh(0.5 * (rows + rows.t()))
-            found = (vectors * values.abs()) @ vectors.t()
-        else:
-            length = self.target.displacement * math.sqrt(n)
-            signs = [torch.randn(n, generator=generator, dtype=squares.dtype).sign() for _ in range(PROBES)]
-            found = torch.stack([product(z, length) for z in signs]).square().mean(dim=0)
-        n_places = len(self.state.places)
-        self.state.hessian = found if n_places == 1 else self.state.hessian.lerp(found, 1.0 / n_places)
-        most = FARTHEST**2 * config.temperature
-        if n <= FEW:
-            values, vectors = torch.linalg.eigh(self.state.hessian)
-            stiff = torch.maximum(values, softest.min())
-            return vectors * torch.maximum(stiff, (vectors.t() @ gradient).square() / most).rsqrt()
-        return torch.maximum(self.state.hessian.sqrt() + softest, gradient.square() / most).rsqrt()
 
 
 def _evenly(plan: list[list[int]], n: int) -> list[list[int]]:

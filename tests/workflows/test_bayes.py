@@ -77,12 +77,12 @@ def test_intervals_cover_the_parameters_of_a_liquid_over_repeated_data():
     """90 % intervals of both parameters from noisy forces; control: with a third of the noise they are too narrow."""
     covered = {1.0: 0, 1 / 3: 0}
     config = BayesConfig(
-        approach_steps=0, burn_in_steps=80, samples=100, thinning=4, full_batch=True, friction=0.4, prior_width=3.0
+        approach_steps=0, burn_in_steps=60, samples=100, thinning=4, full_batch=True, friction=0.4, prior_width=3.0
     )
-    n = 20
+    n, n_control = 20, 8
     for seed in range(n):
         data = loader([crystal(2, 0.25, seed=seed)], noise=0.0005, seed=seed)
-        for factor in covered:
+        for factor in covered if seed < n_control else [1.0]:
             noise = Noise(("forces",), torch.tensor([0.0005 * factor]).double(), torch.tensor([False]))
             target = Posterior(LennardJones.new(0.0105, 3.395, 7.0), Batches(data), noise, config)
             chain = Chain(target, config, seed, target.start(), lambda position: position.clone())
@@ -93,7 +93,7 @@ def test_intervals_cover_the_parameters_of_a_liquid_over_repeated_data():
             truth = torch.tensor([made.EPSILON, made.SIGMA], dtype=torch.float64)
             covered[factor] += int(((low < truth) & (truth < high)).sum())
     assert covered[1.0] >= 0.8 * 2 * n
-    assert covered[1 / 3] < 0.65 * 2 * n
+    assert covered[1 / 3] < 0.65 * 2 * n_control
 
 
 def test_gradient_of_the_posterior_by_finite_differences():
