@@ -24,7 +24,7 @@ from mdplug.workflows.dataset import read as read_labels
 from mdplug.workflows.journal import as_extxyz
 from mdplug.workflows.trainer import predictions
 
-BUDGETS = (5, 10, 20, 40, 80)
+BUDGETS = (10, 20, 40)
 WEIGHT = 3.0
 MEMBERS = 32
 
