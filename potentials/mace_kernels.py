@@ -10,11 +10,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from mdplug import kernels
 from mdplug.errors import InputError
 from mdplug.potential import Potential
-from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, LayerRadial, Levels, sort_atoms
+from mdplug.potentials.blocks.kernel_graph import Atoms, Gradients, Graph, Kept, LayerRadial, Levels, sort_atoms
 from mdplug.potentials.blocks.kernel_layer import KernelLayer
-from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables
+from mdplug.potentials.blocks.knots import Tables, depends_on_species, make_tables, to_device
 from mdplug.potentials.blocks.pull_back import pull_back
 from mdplug.potentials.mace import MACE
 
@@ -35,7 +36,7 @@ class PairScalars(NamedTuple):
 
 
 class KernelMACE(Potential):
-    """A MACE for inference on the CPU.
+    """A MACE for inference, on the CPU or a CUDA device (see mdplug/kernels/README.md).
 
     Args:
         mace: the definition, radial functions exact; it stays inside, for gradients of higher order.
@@ -50,8 +51,8 @@ class KernelMACE(Potential):
         self.definition = copy.deepcopy(mace).requires_grad_(False).eval()
         self.tabulated = tables
         left, right = self.definition.harmonics.products()
-        self.register_buffer("left", left, persistent=False)
-        self.register_buffer("right", right, persistent=False)
+        self.register_buffer("left", left.cpu(), persistent=False)
+        self.register_buffer("right", right.cpu(), persistent=False)
         self._species_matter = depends_on_species(mace.radial)
         self._build()
 
@@ -62,23 +63,24 @@ class KernelMACE(Potential):
         self.table_error = 0.0
         self.table_report: Dict[str, Any] = {}
         self._tables: Dict[Tuple[int, ...], Tables] = {}
-        self._known: Optional[Tuple[Tensor, Atoms]] = None  # one attribute: threads share this module
+        self._known: Optional[Tuple[Kept, Atoms]] = None  # one attribute: threads share this module
         self._known_levels: Optional[Tuple[Atoms, Levels]] = None
         if self.tabulated:
             # Where elements matter, tables are made for those at hand; these two stand for the error.
             self._tables_for((0,) if not self._species_matter else (0, mace.embedding.shape[0] - 1))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "KernelMACE":
-        """A change of dtype makes tables and blocks anew; another device has no such kernels.
+        """Another dtype or device makes tables and blocks anew.
 
         Raises:
-            InputError: a device other than the CPU.
+            InputError: a device without such kernels.
         """
         self.definition._apply(fn, recurse)
-        weight = self.definition.embedding
-        if weight.device.type != "cpu":
-            raise InputError("these kernels run on the CPU alone; move what without_kernels() gives")
-        if weight.dtype != self.layers[0].coefficients.dtype:
+        weight, built = self.definition.embedding, self.layers[0].coefficients
+        lacking = kernels.missing(weight.device)
+        if lacking:
+            raise InputError(f"no kernels on {weight.device}, {lacking}; move what without_kernels() gives")
+        if weight.dtype != built.dtype or weight.device != built.device:
             self._build()
         return self
 
@@ -289,14 +291,14 @@ class KernelMACE(Potential):
             InputError: an element that the model does not know.
         """
         known = self._known
-        if known is not None and known[1].n == n_owned and torch.equal(numbers, known[0]):
+        if known is not None and known[1].n == n_owned and known[0].equals(numbers):
             return known[1]
         species_of = self.definition.species_of
         species = species_of[torch.clamp(numbers, max=species_of.shape[0] - 1)]
         if bool(((species < 0) | (numbers >= species_of.shape[0])).any()):
             raise InputError("an atom is of an element that the model does not know; see Spec.species")
         atoms = sort_atoms(species, n_owned)
-        self._known = (numbers.clone(), atoms)
+        self._known = (Kept(numbers), atoms)
         return atoms
 
     def _levels(self, atoms: Atoms, system_index: Tensor, head: Tensor) -> Levels:
@@ -304,12 +306,12 @@ class KernelMACE(Potential):
         known = self._known_levels
         if known is not None and known[0] is atoms:
             levels = known[1]
-            if torch.equal(levels.system_index, system_index) and torch.equal(levels.head, head):
+            if levels.system_index.equals(system_index) and levels.head.equals(head):
                 return levels
         mace = self.definition
         atom_head = head[system_index[atoms.order]]
         levels = Levels(
-            system_index.clone(), head.clone(), atom_head, mace.scale[atom_head], mace.shift[atom_head],
+            Kept(system_index), Kept(head), atom_head, mace.scale[atom_head], mace.shift[atom_head],
             mace.embedding[atoms.species],
         )  # fmt: skip
         self._known_levels = (atoms, levels)
@@ -319,7 +321,7 @@ class KernelMACE(Potential):
         key = present if self._species_matter else ()
         made = self._tables.get(key)
         if made is None:
-            made = make_tables(self.definition, present)
+            made = to_device(make_tables(self.definition, present), self.definition.embedding.device)
             self._tables = {key: made}
             self.table_error = made.slope_error
             self.table_report = {

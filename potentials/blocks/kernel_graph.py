@@ -15,6 +15,7 @@ class Atoms(NamedTuple):
     Attributes:
         n: owned atoms. order: (n,) sorted place -> atom. place: (N,) int32 atom -> sorted place, ghosts as they are.
         species: (N,) int64, in sorted order. kind: (N,) int32, place of the species in `present`.
+        own_species32, own_kind: (n,) of the owned atoms, the same tensors at every step: see `mdplug.kernels.memo`.
         present: species that occur among all atoms. groups: (species, begin, end) of the owned atoms.
     """
 
@@ -24,8 +25,28 @@ class Atoms(NamedTuple):
     species: Tensor
     species32: Tensor
     kind: Tensor
+    own_species32: Tensor
+    own_kind: Tensor
     present: Tuple[int, ...]
     groups: Tuple[Tuple[int, int, int], ...]
+
+
+class Kept:
+    """A tensor as it once was given; another is compared with it, on a device without waiting where it is the same."""
+
+    def __init__(self, given: Tensor):
+        self.given, self.version, self.values = given, _version(given), given.clone()
+
+    def equals(self, tensor: Tensor) -> bool:
+        """Whether a tensor has these values."""
+        # On the CPU others, numpy for one, may write to the memory of a tensor behind its back.
+        if tensor is self.given and tensor.device.type != "cpu" and 0 <= self.version == _version(tensor):
+            return True
+        return torch.equal(tensor, self.values)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class Levels(NamedTuple):
@@ -36,8 +57,8 @@ class Levels(NamedTuple):
         embedding: (N, K) of the elements, sorted.
     """
 
-    system_index: Tensor
-    head: Tensor
+    system_index: Kept
+    head: Kept
     atom_head: Tensor
     scale: Tensor
     shift: Tensor
@@ -110,6 +131,7 @@ def sort_atoms(species: Tensor, n_owned: int) -> Atoms:
     Args:
         species: (N,) int64 of all atoms, of which the first n_owned are owned.
     """
+    device, species = species.device, species.cpu()  # once for many steps: counts and groups are wanted on the host
     order = torch.argsort(species[:n_owned], stable=True)
     place = torch.arange(len(species), dtype=torch.int32)
     place[order] = torch.arange(n_owned, dtype=torch.int32)
@@ -126,7 +148,9 @@ def sort_atoms(species: Tensor, n_owned: int) -> Atoms:
     if not groups:
         groups.append((present[0] if present else 0, 0, 0))
         present = present or (0,)
-    return Atoms(n_owned, order, place, by_place, by_place.to(torch.int32), kind_of[by_place], present, tuple(groups))
+    species32, kind = by_place.to(torch.int32), kind_of[by_place]
+    tensors = (order, place, by_place, species32, kind, species32[:n_owned], kind[:n_owned])
+    return Atoms(n_owned, *[tensor.to(device) for tensor in tensors], present, tuple(groups))
 
 
 def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:

@@ -75,7 +75,8 @@ class KernelLayer(nn.Module):
             "coefficients", in_blocks(coefficients.detach(), LANES[coefficients.dtype]), persistent=False
         )
         self.agnostic = coefficients.shape[0] == 1
-        self.register_buffer("no_group", torch.zeros(0, dtype=torch.int32), persistent=False)
+        none = torch.zeros(0, dtype=torch.int32, device=model.embedding.device)
+        self.register_buffer("no_group", none, persistent=False)
         self._weights: Dict[Tuple[int, ...], Weights] = {}
 
     # --- weights -----------------------------------------------------------------------------------------------------
@@ -125,9 +126,9 @@ class KernelLayer(nn.Module):
 
     def _product(self, weights: "Weights", atoms: Atoms, norm: Tensor, back: bool) -> Tuple[Any, ...]:
         """Arguments of the operators `product` after the first."""
-        none = atoms.kind[:0]
-        group = atoms.kind[: atoms.n] if self.by_receiver else none
-        kinds = none if self.agnostic else atoms.species32[: atoms.n]
+        none = self.no_group
+        group = atoms.own_kind if self.by_receiver else none
+        kinds = none if self.agnostic else atoms.own_species32
         linear, mix = (weights.linear_back, weights.mix_back) if back else (weights.linear, weights.mix)
         coefficients, *lists = weights.polynomial
         sizes = (atoms.n, self.channels, self.channels)
@@ -135,11 +136,11 @@ class KernelLayer(nn.Module):
 
     def _kinds(self, atoms: Atoms) -> Tensor:
         """(n,) coefficients of each atom, as the operator `polynomial` wants them."""
-        species = atoms.species32[: atoms.n]
+        species = atoms.own_species32
         return torch.zeros_like(species) if self.agnostic else species
 
     def _skip_group(self, atoms: Atoms) -> Tensor:
-        return atoms.kind[: atoms.n] if self.source.skip_by_species else atoms.kind[:0]
+        return atoms.own_kind if self.source.skip_by_species else self.no_group
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -185,8 +186,8 @@ class KernelLayer(nn.Module):
         if radial.table.numel():
             return self._convolve(sent, radial, radial.columns, graph, 0, n)
         pieces: List[List[Tensor]] = []
-        for a, b in self._chunks(graph.first, 0, n):
-            values = radial_values(radial.columns[int(graph.first[a]) : int(graph.first[b])], radial.weight)
+        for a, b, start, stop in self._chunks(graph, n):
+            values = radial_values(radial.columns[start:stop], radial.weight)
             pieces.append(self._split(self._convolve(sent, radial, values, graph, a, b), b - a))
         return torch.cat([torch.cat(parts, dim=1).flatten() for parts in zip(*pieces, strict=True)])
 
@@ -196,16 +197,16 @@ class KernelLayer(nn.Module):
             len(atoms.present), 0, atoms.n, FIRST_KNOT, radial.step, radial.per_kind,
         )  # fmt: skip
 
-    def _chunks(self, first: Tensor, begin: int, end: int) -> List[Tuple[int, int]]:
-        """Ranges of atoms with at most AT_A_TIME radial functions of their pairs."""
-        if end == begin:
-            return [(begin, end)]
+    def _chunks(self, graph: Graph, n: int) -> List[Tuple[int, int, int, int]]:
+        """Ranges of the n atoms, and of their pairs, with at most AT_A_TIME radial functions."""
         most = max(AT_A_TIME // (len(self.paths) * self.edge_channels), 1)
-        marks = first[begin : end + 1].tolist()
+        if n == 0 or graph.r.shape[0] <= most:  # known without asking the device
+            return [(0, n, 0, graph.r.shape[0])]
+        marks = graph.first.tolist()
         out, a = [], 0
-        for b in range(1, len(marks)):
-            if b == len(marks) - 1 or marks[b + 1] - marks[a] > most:
-                out.append((begin + a, begin + b))
+        for b in range(1, n + 1):
+            if b == n or marks[b + 1] - marks[a] > most:
+                out.append((a, b, marks[a], marks[b]))
                 a = b
         return out
 
@@ -286,11 +287,10 @@ class KernelLayer(nn.Module):
     ) -> Tensor:
         """Cotangent of `sent` from that of the messages."""
         tabulated = radial.table.numel() > 0
-        chunks = [(0, n)] if tabulated else self._chunks(graph.first, 0, n)
+        chunks = [(0, n, 0, graph.r.shape[0])] if tabulated else self._chunks(graph, n)
         parts = self._split(grad, n) if len(chunks) > 1 else []
         total: Optional[Tensor] = None
-        for a, b in chunks:
-            first, last = int(graph.first[a]), int(graph.first[b])
+        for a, b, first, last in chunks:
             flat = torch.cat([part[:, a:b].flatten() for part in parts]) if parts else grad
             values = radial.columns if tabulated else radial_values(radial.columns[first:last], radial.weight)
             grad_sent, d_harmonics, d_radial = ops.convolution_backward(

@@ -200,7 +200,7 @@ def test_wrong_arguments_are_refused():
 
 
 def test_without_the_library_everything_runs_in_plain_torch(monkeypatch):
-    monkeypatch.setattr("mdplug.kernels.available", lambda: False)
+    monkeypatch.setattr("mdplug.kernels.available", lambda device: False)
     model = build({}, dtype="float32")
     assert type(model.with_kernels(True)).__name__ == "MACE"
     assert not Deployed(model.with_kernels(True)).written
