@@ -148,9 +148,12 @@ def sort_atoms(species: Tensor, n_owned: int) -> Atoms:
     if not groups:
         groups.append((present[0] if present else 0, 0, 0))
         present = present or (0,)
-    species32, kind = by_place.to(torch.int32), kind_of[by_place]
-    tensors = (order, place, by_place, species32, kind, species32[:n_owned], kind[:n_owned])
-    return Atoms(n_owned, *[tensor.to(device) for tensor in tensors], present, tuple(groups))
+    by_place, kind = by_place.to(device), kind_of[by_place].to(device)
+    species32 = by_place.to(torch.int32)
+    return Atoms(
+        n_owned, order.to(device), place.to(device), by_place, species32, kind, species32[:n_owned], kind[:n_owned],
+        present, tuple(groups),
+    )  # fmt: skip
 
 
 def coupling(paths: List[Tuple[int, int, int]]) -> Tuple[np.ndarray, np.ndarray]:

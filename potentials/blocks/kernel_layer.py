@@ -49,6 +49,7 @@ class KernelLayer(nn.Module):
     term: Tensor
     starts: Tensor
     coefficients: Tensor
+    no_group: Tensor
 
     def __init__(self, model: Any, t: int):
         super().__init__()

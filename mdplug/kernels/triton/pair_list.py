@@ -30,8 +30,8 @@ def pair_list(
     """
     e, square_most = index.shape[1], most * most
     if e == 0:
-        holds = bool((positions - reference).square().sum(dim=1).max() < square_most)
-        return index, shifts, translations, -1, int(holds)
+        still = bool((positions - reference).square().sum(dim=1).max() < square_most)
+        return index, shifts, translations, -1, int(still)
     vectors = positions.index_select(0, index[1]) - positions.index_select(0, index[0]) + translations
     square = vectors.square().sum(dim=1)
     inside = square < cutoff * cutoff

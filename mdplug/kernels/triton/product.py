@@ -4,6 +4,8 @@ What they compute is said in ../product.py. Lists and unpacked matrices are read
 nothing waits for the device; atoms of one group follow one another, and a matrix product takes them in place.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def _rows(group: Tensor, groups: int) -> Rows:
         host = group.cpu()
         if bool((host[1:] >= host[:-1]).all()):
             marks = torch.searchsorted(host, torch.arange(groups + 1, dtype=host.dtype)).tolist()
-            return [slice(a, b) for a, b in zip(marks[:-1], marks[1:], strict=True)]
+            return [slice(a, b) for a, b in pairwise(marks)]
         return [(host == g).nonzero().squeeze(1).to(group.device) for g in range(groups)]
 
     return memo.get((group,), groups, read)
