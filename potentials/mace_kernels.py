@@ -194,6 +194,7 @@ class KernelMACE(Potential):
             new, kept = layer(features[t], out, radial[t], graph, atoms, scalars.densities.get(t))
             features.append(new)
             saved.append(kept if gradient else None)
+            del kept  # the adjoint lets go of it when it is used
             readout: Any = mace.readouts[t]
             read, slope = readout.with_slope(new[0], atom_head, scale)
             energy = energy + read
@@ -257,8 +258,7 @@ class KernelMACE(Potential):
         for t in range(len(self.layers) - 1, -1, -1):
             layer = self.layers[t]
             grad[0] += slopes[t]
-            grad, grad_sent = layer.backward(grad, saved[t], features[t], sent[t], radial[t], graph, atoms, gradients)
-            saved[t] = None
+            grad, grad_sent = layer.backward(grad, saved.pop(), features[t], sent[t], radial[t], graph, atoms, gradients)
             if t > 0 and grad_sent is not None:
                 grad_sent = self._send_back(grad_sent, exchanged[t], atoms)
                 up = layer.weights(radial[t], atoms).up_back

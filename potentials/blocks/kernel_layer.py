@@ -172,7 +172,8 @@ class KernelLayer(nn.Module):
             out = ops.polynomial(mixed, self.coefficients, self._kinds(atoms), self.nodes, self.term, self.starts)
             out = ops.linear(out, weights.mix, self.no_group, out[:0], out.shape[0], self.channels)
         else:
-            saved = messages[:0] if rho is None else 1.0 / (rho + 1.0)
+            # A part of the messages, though empty, would keep the whole of them.
+            saved = messages.new_empty(0) if rho is None else 1.0 / (rho + 1.0)
             out, mixed = ops.product(messages, *self._product(weights, atoms, saved, False))
         if self.source.has_skip:
             group = self._skip_group(atoms)
@@ -252,9 +253,10 @@ class KernelLayer(nn.Module):
         """Cotangents of `features` and `sent`; those of the pairs are added to `gradients`.
 
         Args:
-            grad: ((l_out+1)^2, n, K). saved: what `forward` gave for it.
+            grad: ((l_out+1)^2, n, K). saved: what `forward` gave for it, held here alone: it goes when it is used.
         """
         weights, (mixed, tape) = self.weights(radial, atoms), saved
+        del saved
         d_own: Optional[Tensor] = None
         if self.gated:
             d_product = ops.linear(grad, weights.mix_back, self.no_group, grad[:0], grad.shape[0], self.channels)
@@ -265,6 +267,7 @@ class KernelLayer(nn.Module):
             d_messages, d_own, d_rho = pull_back([out], leaves, [d_mixed])
         else:
             d_messages, d_rho = ops.product_backward(grad, mixed, *self._product(weights, atoms, tape, True))
+        del mixed, tape
         if self.has_density:
             gradients.density[self.t] = d_rho
         grad_sent = None
