@@ -258,7 +258,9 @@ class KernelMACE(Potential):
         for t in range(len(self.layers) - 1, -1, -1):
             layer = self.layers[t]
             grad[0] += slopes[t]
-            grad, grad_sent = layer.backward(grad, saved.pop(), features[t], sent[t], radial[t], graph, atoms, gradients)
+            grad, grad_sent = layer.backward(
+                grad, saved.pop(), features[t], sent[t], radial[t], graph, atoms, gradients
+            )
             if t > 0 and grad_sent is not None:
                 grad_sent = self._send_back(grad_sent, exchanged[t], atoms)
                 up = layer.weights(radial[t], atoms).up_back

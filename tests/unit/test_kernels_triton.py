@@ -64,8 +64,9 @@ def test_on_a_pretended_device(tmp_path):
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_on_a_pretended_device_at_length(tmp_path):
-    in_process("triton_on_device.py", tmp_path, "-m", "slow", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("which", ["steps", "not steps"])
+def test_on_a_pretended_device_at_length(which, tmp_path):
+    in_process("triton_on_device.py", tmp_path, "-m", "slow", "-k", which, TRITON_INTERPRET="1")
 
 
 @needs_triton

@@ -49,7 +49,7 @@ def pair_list(
     return *found, first if first < e else -1, 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs"])
 def _sum_pairs(vectors, gradient, order, first, of_atom, n_pairs, N: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     start, stop = tl.load(first + i), tl.load(first + i + 1)
