@@ -108,7 +108,6 @@ def test_several_structures_and_parts(at_a_time, monkeypatch):
         close(evaluate(fast.to("cpu"), system).forces, wanted.forces)
 
 
-@slow
 def test_ghosts(monkeypatch):
     """An owner of two of three atoms: features of the third come by the exchange."""
     model = build(SMALL).eval()
