@@ -186,7 +186,7 @@ class MACE(Potential):
             readouts.append(_make_readout(config, t, n_heads, dtype))
         self.radial: Any = Radial(config["radial"], spec.cutoff, radii, nets, dtype)
         self.layers = nn.ModuleList(layers)
-        self.readouts = nn.ModuleList(readouts)
+        self.readouts: Any = nn.ModuleList(readouts)
         self.register_buffer("scale", torch.ones(n_heads, dtype=dtype))
         self.register_buffer("shift", torch.zeros(n_heads, dtype=dtype))
 
@@ -322,7 +322,7 @@ class MACE(Potential):
         """See `Potential.with_kernels`."""
         from mdplug.kernels import available
 
-        if self.tabulated or self.radial.detached or not available():
+        if self.tabulated or self.radial.detached or not available(self.embedding.device.type):
             return self.with_tables() if tables else self
         from mdplug.potentials.mace_kernels import KernelMACE
 
