@@ -186,7 +186,7 @@ class MACE(Potential):
             readouts.append(_make_readout(config, t, n_heads, dtype))
         self.radial: Any = Radial(config["radial"], spec.cutoff, radii, nets, dtype)
         self.layers = nn.ModuleList(layers)
-        self.readouts: Any = nn.ModuleList(readouts)
+        self.readouts = nn.ModuleList(readouts)
         self.register_buffer("scale", torch.ones(n_heads, dtype=dtype))
         self.register_buffer("shift", torch.zeros(n_heads, dtype=dtype))
 

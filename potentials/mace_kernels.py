@@ -241,7 +241,7 @@ class KernelMACE(Potential):
                 if atoms.place.shape[0] > n_owned:
                     sent, exchanged = self._over_borders(sent, atoms)
             new, saved = layer(features[t], sent, weights, radial, graph, atoms, scalars.densities[t])
-            read, slope = readout.with_slope(new[0], atom_head, scale)
+            read, slope = readout.with_slope(new[0], atom_head, scale)  # type: ignore[operator]
             energy = energy + read
             features.append(new)
             if gradient:
