@@ -115,14 +115,11 @@ def load(
     potential = _load_safetensors(path)
     _choose_head(potential, head, path)
     width = dtype or potential.spec.dtype
-    potential = potential.to(getattr(torch, width))
+    potential = potential.to(device=target, dtype=getattr(torch, width))
     tables = (radial or ("tables" if width == "float32" else "exact")) == "tables"
-    if target.type == "cpu":
-        potential = potential.with_kernels(tables)
-    elif tables:
-        potential = potential.with_tables()
+    potential = potential.with_kernels(tables)
     potential.origin = origin
-    return potential.to(target).eval().requires_grad_(False)
+    return potential.eval().requires_grad_(False)
 
 
 def _choose_head(potential: Model, head: str | None, path: Path) -> None:

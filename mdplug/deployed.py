@@ -2,6 +2,7 @@
 everything but `evaluate` compiles in TorchScript."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Dict, Final, List, Optional
 
 import torch
@@ -244,7 +245,14 @@ def check_species(numbers: Tensor, spec: Spec) -> None:
 
 def head_of(model: Model, system: AtomicSystem) -> Tensor:
     """(S,) int64 level of theory: the model's choice, else the one each structure names."""
-    return system.head if model.head is None else torch.full_like(system.head, model.head)
+    return system.head if model.head is None else _chosen(model.head, system.n_systems, system.head.device)
+
+
+@lru_cache(maxsize=64)
+def _chosen(head: int, n_systems: int, device: torch.device) -> Tensor:
+    """The same tensor every time, which a device need not compare."""
+    with torch.inference_mode(False):
+        return torch.full((n_systems,), head, dtype=torch.int64, device=device)
 
 
 def reference_energy(system: AtomicSystem, spec: Spec, head: Tensor) -> Tensor:

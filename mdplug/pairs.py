@@ -2,10 +2,11 @@
 
 Sorted by (i, j, shift) and compacted to the cutoff at every evaluation, so that a result never depends on when a
 skin list was built. On the CPU, native operators find and compact (mdplug/kernels); without them vesin finds and torch
-compacts. Other devices (and exported files) use the torch cell list.
+compacts. Other devices (and exported files) find with the torch cell list; nothing but counts leaves a device.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,9 +76,8 @@ def _found(system: AtomicSystem, cutoff: float) -> tuple[Tensor, Tensor]:
     """Sorted index (2, E) and shifts (E, 3) of the pairs closer than `cutoff`."""
     if not cutoff > 0:
         raise InputError(f"cutoff must be positive, got {cutoff} A")
-    if system.positions.device.type != "cpu":
-        find = torch_pairs
-    else:
+    find: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = torch_pairs
+    if system.positions.device.type == "cpu":
         find = _native_pairs if kernels.serves(system.positions) else _vesin_pairs
     if system.n_systems == 1:
         return find(system.positions, system.cell[0], system.pbc[0], cutoff)

@@ -2,10 +2,10 @@
 
 Ghost copies of the atoms within the cutoff of the box are made explicitly, so that cells smaller than the cutoff,
 mixed and triclinic periodicity and unwrapped atoms are all the same case. Bins are found by binary search in a sorted
-key list: no array grows with the empty space of an open system.
+key list: no array grows with the empty space of an open system. Candidates are looked at for some atoms at a time.
 """
 
-from typing import Tuple
+from typing import List, Tuple
 
 import torch
 from torch import Tensor
@@ -28,11 +28,14 @@ def _filled(cell: Tensor, pbc: Tensor) -> Tensor:
     return out
 
 
-def torch_pairs(positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float) -> Tuple[Tensor, Tensor]:
+def torch_pairs(
+    positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float, at_once: int = 8192
+) -> Tuple[Tensor, Tensor]:
     """Pairs of one structure.
 
     Args:
         positions: (N, 3) A. cell: (3, 3) A, rows. pbc: (3,) bool. cutoff: A.
+        at_once: receivers whose candidates are held at a time, some 20 kB each in a liquid.
 
     Returns:
         (2, E) int64 receiver and sender, (E, 3) int64 shifts; sorted by (i, j, shift).
@@ -65,28 +68,38 @@ def torch_pairs(positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float) -> 
     key = (bins[:, 0] * size[1] + bins[:, 1]) * size[2] + bins[:, 2]
     key, order = torch.sort(key, stable=True)
     own = torch.floor((u - low) / cutoff).to(torch.int64) + 1
-    around = torch.tensor([-1, 0, 1], device=device)
+    around = torch.arange(-1, 2, device=device)
     steps = torch.meshgrid([around, around, around], indexing="ij")
     step = torch.stack([steps[0].reshape(-1), steps[1].reshape(-1), steps[2].reshape(-1)], dim=1)
-    near = own.unsqueeze(1) + step.unsqueeze(0)
-    wanted = ((near[:, :, 0] * size[1] + near[:, :, 1]) * size[2] + near[:, :, 2]).reshape(-1)
-    first = torch.searchsorted(key, wanted)
-    count = torch.searchsorted(key, wanted, right=True) - first
-    receiver = torch.arange(n, device=device).repeat_interleave(27).repeat_interleave(count)
-    start = torch.cumsum(count, 0) - count
-    slot = torch.arange(receiver.shape[0], device=device) - start.repeat_interleave(count)
-    ghost = order[first.repeat_interleave(count) + slot]
-    sender, translation = ghost_atom[ghost], ghost_shift[ghost]
-
-    vector = wrapped[sender] - wrapped[receiver] + translation.to(box.dtype) @ box
-    close = (vector * vector).sum(dim=1) < cutoff * cutoff
-    itself = (sender == receiver) & (translation == 0).all(dim=1)
-    keep = (close & ~itself).nonzero().squeeze(1)
-    receiver, sender, translation = receiver[keep], sender[keep], translation[keep]
-    span = 2 * int(reach.max()) + 1
-    place = ((translation[:, 0] * span + translation[:, 1]) * span) + translation[:, 2]
-    order = torch.argsort((receiver * n + sender) * (span * span * span) + place)
-    receiver, sender, translation = receiver[order], sender[order], translation[order]
+    # From here on in the order of the bins.
+    ghost_shift, ghost_atom = ghost_shift[order], ghost_atom[order]
+    ghost_translation = ghost_shift.to(box.dtype) @ box
+    span = 2 * reach.max().to(torch.int64) + 1
+    place = (ghost_shift[:, 0] * span + ghost_shift[:, 1]) * span + ghost_shift[:, 2]
+    images = span * span * span
+    place, places = ghost_atom * images + place, n * images
+    itself = torch.where((ghost_shift == 0).all(dim=1), ghost_atom, -1)
+    receivers: List[Tensor] = []
+    ghosts: List[Tensor] = []
+    for begin in range(0, n, at_once):
+        end = min(begin + at_once, n)
+        near = own[begin:end].unsqueeze(1) + step.unsqueeze(0)
+        wanted = ((near[:, :, 0] * size[1] + near[:, :, 1]) * size[2] + near[:, :, 2]).reshape(-1)
+        first = torch.searchsorted(key, wanted)
+        count = torch.searchsorted(key, wanted, right=True) - first
+        start = torch.cumsum(count, 0) - count
+        bin_of = torch.repeat_interleave(count)
+        ghost = torch.arange(bin_of.shape[0], device=device) + (first - start)[bin_of]
+        receiver = torch.div(bin_of, 27, rounding_mode="floor") + begin
+        vector = wrapped[ghost_atom[ghost]] - wrapped[receiver] + ghost_translation[ghost]
+        close = (vector * vector).sum(dim=1) < cutoff * cutoff
+        keep = (close & (itself[ghost] != receiver)).nonzero().squeeze(1)
+        receiver, ghost = receiver[keep], ghost[keep]
+        order = torch.argsort(receiver * places + place[ghost])
+        receivers.append(receiver[order])
+        ghosts.append(ghost[order])
+    receiver, ghost = torch.cat(receivers), torch.cat(ghosts)
+    sender = ghost_atom[ghost]
     # The list of the wrapped atoms, said for the atoms where they are.
-    shifts = translation + (wraps[receiver] - wraps[sender]).to(torch.int64)
+    shifts = ghost_shift[ghost] + (wraps[receiver] - wraps[sender]).to(torch.int64)
     return torch.stack([receiver, sender]), shifts

@@ -176,7 +176,7 @@ class Potential(Model):
         return self
 
     def with_kernels(self, tables: bool) -> "Potential":
-        """The fastest form for inference on this machine's CPU; without operators for it, plain torch.
+        """The fastest form for inference on the device it is on; without operators for that, plain torch.
 
         Args:
             tables: radial functions as spline tables (see `with_tables`); False: exact.

@@ -322,7 +322,7 @@ class MACE(Potential):
         """See `Potential.with_kernels`."""
         from mdplug.kernels import available
 
-        if self.tabulated or self.radial.detached or not available():
+        if self.tabulated or self.radial.detached or not available(self.embedding.device.type):
             return self.with_tables() if tables else self
         from mdplug.potentials.mace_kernels import KernelMACE
 

@@ -10,9 +10,10 @@ from typing import Any, Dict, Final, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from mdplug import kernels
 from mdplug.errors import InputError
 from mdplug.potential import Potential
-from mdplug.potentials.blocks.kernel_graph import Atoms, Graph, LayerRadial, Levels, sort_atoms
+from mdplug.potentials.blocks.kernel_graph import Atoms, Graph, Kept, LayerRadial, Levels, sort_atoms
 from mdplug.potentials.blocks.kernel_layer import KernelLayer, Tape
 from mdplug.potentials.blocks.kernel_pairs import PairFunctions
 from mdplug.potentials.blocks.kernel_weights import Made, Maker, no_tables, report
@@ -25,7 +26,7 @@ MOST_SPECIES = 10  # whose matrices and tables a file holds
 
 
 class KernelMACE(Potential):
-    """A MACE for inference on the CPU.
+    """A MACE for inference, on the CPU or a CUDA device (see mdplug/kernels/README.md).
 
     Args:
         mace: the definition, radial functions exact; it stays inside, for gradients of higher order.
@@ -47,8 +48,8 @@ class KernelMACE(Potential):
         self.definition = copy.deepcopy(mace).requires_grad_(False).eval()
         self.tabulated, self.fixed = tables, fixed
         left, right = self.definition.harmonics.products()
-        self.register_buffer("left", left, persistent=False)
-        self.register_buffer("right", right, persistent=False)
+        self.register_buffer("left", left.cpu(), persistent=False)
+        self.register_buffer("right", right.cpu(), persistent=False)
         self._build()
 
     def _build(self) -> None:
@@ -59,8 +60,8 @@ class KernelMACE(Potential):
         self.table_error, self.table_report = 0.0, report(no_tables(mace))
         self.made = None
         self._maker = Maker(mace, self.tabulated)
-        self._known: Optional[Tuple[Tensor, Atoms]] = None  # one attribute: threads share this module
-        self._known_levels: Optional[Tuple[Atoms, Tensor, Tensor, Levels]] = None
+        self._known: Optional[Tuple[Kept, Atoms]] = None  # one attribute: threads share this module
+        self._known_levels: Optional[Tuple[Atoms, Kept, Kept, Levels]] = None
         n_species = mace.embedding.shape[0]
         if self.fixed:
             if n_species > MOST_SPECIES:
@@ -75,16 +76,17 @@ class KernelMACE(Potential):
             self.table_error, self.table_report = tables.slope_error, report(tables)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "KernelMACE":
-        """A change of dtype makes tables and blocks anew; another device has no such kernels.
+        """Another dtype or device makes tables and blocks anew.
 
         Raises:
-            InputError: a device other than the CPU.
+            InputError: a device without such kernels.
         """
         self.definition._apply(fn, recurse)
-        weight = self.definition.embedding
-        if weight.device.type != "cpu":
-            raise InputError("these kernels run on the CPU alone; move what without_kernels() gives")
-        if weight.dtype != self.layers[0].coefficients.dtype:
+        weight, built = self.definition.embedding, self.layers[0].coefficients
+        lacking = kernels.missing(weight.device)
+        if lacking:
+            raise InputError(f"no kernels on {weight.device}, {lacking}; move what without_kernels() gives")
+        if weight.dtype != built.dtype or weight.device != built.device:
             self._build()
         return self
 
@@ -248,6 +250,7 @@ class KernelMACE(Potential):
                 tape.saved.append(saved)
                 tape.slopes.append(slope)
                 tape.radial.append(radial)
+            del saved  # the tape lets go of it when it is used
         energy = torch.addcmul(levels.shift, scale, energy) + outside
         place = atoms.place[:n_owned].long()
         result = {
@@ -276,24 +279,27 @@ class KernelMACE(Potential):
         along_r = torch.zeros_like(graph.r)
         if self.definition.has_repulsion:
             along_r = scale[graph.receiver] * scalars.repulsion_slope
-        along_harmonics = torch.zeros_like(graph.harmonics)
+        along_harmonics = graph.harmonics[:0]
         grad = torch.zeros_like(tape.features[-1])
         for t in range(len(slopes) - 1, -1, -1):
             for k, layer in enumerate(self.layers):  # TorchScript picks no module by a number
                 if k == t:
                     grad[0] += slopes[t]
                     weights = tape.weights[t]
-                    saved = tape.saved[t] if keep else tape.saved.pop()
                     back = layer.backward(
-                        grad, saved, tape.features[t], tape.sent[t], weights, tape.radial[t], graph, atoms
-                    )
+                        grad, tape.saved[t] if keep else tape.saved.pop(), tape.features[t], tape.sent[t], weights,
+                        tape.radial[t], graph, atoms,
+                    )  # fmt: skip
                     grad = back.features
                     if not layer.first_layer:
                         grad_sent = back.sent
                         if len(tape.exchanged[t]) > 0:
                             grad_sent = self._back_over_borders(grad_sent, tape.exchanged[t], atoms)
                         grad = layer.send_back(grad_sent, weights, grad)
-                    along_harmonics += back.harmonics
+                    if t == len(slopes) - 1:
+                        along_harmonics = back.harmonics
+                    else:
+                        along_harmonics += back.harmonics
                     if self.tabulated:
                         along_r += back.radial
                     else:
@@ -331,11 +337,11 @@ class KernelMACE(Potential):
     def _kept_atoms(self, numbers: Tensor, n_owned: int) -> Atoms:
         """Atoms by species; kept while numbers do not change."""
         known = self._known
-        if known is not None and known[1].n == n_owned and torch.equal(numbers, known[0]):
+        if known is not None and known[1].n == n_owned and known[0].equals(numbers):
             return known[1]
         present = self.made.present if self.fixed and self.made is not None else None
         atoms = sort_atoms(self._species(numbers), n_owned, present)
-        self._known = (numbers.clone(), atoms)
+        self._known = (Kept(numbers), atoms)
         return atoms
 
     def _levels(self, atoms: Atoms, system_index: Tensor, head: Tensor) -> Levels:
@@ -355,10 +361,10 @@ class KernelMACE(Potential):
         known = self._known_levels
         if known is not None and known[0] is atoms:
             _, same_index, same_head, levels = known
-            if torch.equal(same_index, system_index) and torch.equal(same_head, head):
+            if same_index.equals(system_index) and same_head.equals(head):
                 return levels
         levels = self._new_levels(atoms, system_index, head)
-        self._known_levels = (atoms, system_index.clone(), head.clone(), levels)
+        self._known_levels = (atoms, Kept(system_index), Kept(head), levels)
         return levels
 
     def _made(self, atoms: Atoms) -> Made:

@@ -67,7 +67,7 @@ class SharedMembers(Composed):
         return cls(replace(spec, name=body.spec.name, config=config), [body])
 
     def _of(self, parts: List[Potential]) -> "SharedMembers":
-        made = SharedMembers(self.spec, parts).to(self.weight.dtype)
+        made = SharedMembers(self.spec, parts).to(self.weight)
         own = {key: value for key, value in self.state_dict().items() if not key.startswith("parts.")}
         made.load_state_dict(own, strict=False)
         made.head, made.origin = self.head, self.origin

@@ -6,7 +6,6 @@ from typing import Sequence
 import torch
 
 from mdplug.errors import InputError
-from mdplug.potential import dtype_of
 from mdplug.potentials.mace import MACE
 
 
@@ -27,8 +26,8 @@ def narrowed(mace: MACE, species: Sequence[int]) -> MACE:
     if unknown or not kept:
         known = " ".join(chemical_symbols[z] for z in spec.species)
         raise InputError(f"{spec.name!r} cannot be narrowed to {' '.join(unknown) or 'no element'}; it knows {known}")
-    small = MACE(replace(spec, species=kept)).to(dtype_of(mace))
-    rows = torch.tensor([spec.species.index(z) for z in kept])
+    small = MACE(replace(spec, species=kept)).to(mace.embedding.device, dtype_of(mace))
+    rows = torch.tensor([spec.species.index(z) for z in kept], device=mace.embedding.device)
     wanted = small.state_dict()
     tensors = {}
     for name, tensor in mace.state_dict().items():

@@ -16,7 +16,7 @@ from kernel_cases import DTYPES, scene
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mdplug.kernels.triton import convolution, density, harmonics, operators, polynomial
+from mdplug.kernels.triton import convolution, density, harmonics, operators, pair_list, polynomial
 from mdplug.kernels.triton.source import OPTIONS
 from mdplug.potentials.blocks.contraction import SymmetricContraction, sparse_polynomial
 from mdplug.potentials.blocks.convolution import paths
@@ -49,7 +49,7 @@ def used(monkeypatch, tmp_path):
         found.append((kernel.__name__, int(registers), int(stack)))
         print(*found[-1])
 
-    for module in (convolution, density, harmonics, polynomial):
+    for module in (convolution, density, harmonics, pair_list, polynomial):
         monkeypatch.setattr(module, "launch", compile_only)
     return found
 
@@ -92,4 +92,13 @@ def test_polynomial(dtype, l_out, used):
         torch.zeros(4, dtype=torch.int32), nodes, term, starts,
     )  # fmt: skip
     OPS.polynomial_backward(*arguments, OPS.polynomial(*arguments))
+    assert not [one for one in used if one[2]]
+
+
+@dtypes
+def test_sums(dtype, used):
+    pairs, system = torch.zeros(2, 5, dtype=torch.int64), torch.tensor([0, 0, 1])
+    vectors = torch.zeros(5, 3, dtype=torch.float64)
+    OPS.sum_pairs(vectors, vectors.to(dtype), pairs, torch.zeros(3, dtype=dtype), system, 2)
+    assert len(used) == 3
     assert not [one for one in used if one[2]]

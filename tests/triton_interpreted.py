@@ -3,8 +3,10 @@
 An interpreted operation takes tens of microseconds whatever its size, so the scenes have few pairs.
 """
 
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from contract import liquid
@@ -27,11 +29,12 @@ from kernel_cases import (
 from mace_models import CONTRACT, FURTHER, build
 
 from mdplug import kernels
+from mdplug.deployed import totals
 from mdplug.kernels.triton import operators
-from mdplug.pairs import pairs
+from mdplug.pairs import pairs, translations, within
 from mdplug.potentials import mace_kernels
 from mdplug.potentials.blocks import kernel_layer
-from mdplug.system import AtomicSystem
+from mdplug.system import AtomicSystem, batch
 
 MANY_PAIRS = 60  # atoms times most neighbours; from here on a case takes up to a minute
 OPS = SimpleNamespace(**operators())
@@ -86,6 +89,70 @@ def test_product(dtype, case):
 @dtypes
 def test_linear(dtype):
     check_linear(OPS, dtype)
+
+
+def crowd(n, edge, pbc=True, seed=0):
+    rng = np.random.default_rng(seed)
+    cell = edge * (np.eye(3) + 0.2 * rng.standard_normal((3, 3)))
+    return AtomicSystem.from_arrays(rng.integers(1, 9, n), rng.random((n, 3)) @ cell, cell, pbc)
+
+
+CROWDS = {
+    "one atom": lambda: crowd(1, 30.0),
+    "one atom and its images": lambda: crowd(1, 2.3),
+    "slab": lambda: crowd(30, 8.0, (True, False, True)),
+    "several": lambda: batch([crowd(9, 6.0), crowd(1, 40.0, seed=2), crowd(40, 7.0, False, 3), crowd(4, 3.0, seed=4)]),
+}
+crowds = pytest.mark.parametrize("name", list(CROWDS))
+
+
+@crowds
+def test_pair_list(name, monkeypatch):
+    """As torch's own operators have it, to the last bit; lists that do not hold and overlaps as well."""
+    system = CROWDS[name]()
+    loose = pairs(system, 5.0)
+    rng = np.random.default_rng(7)
+    x = system.positions + torch.from_numpy(rng.normal(0, 0.02, (system.n_atoms, 3)))
+    of = (loose.index, loose.shifts, translations(system, loose.index, loose.shifts))
+    monkeypatch.setattr(kernels, "serves", lambda _: False)
+    wanted = within(system.with_(positions=x), system, *of, 4.0, 0.5)
+    got = OPS.pair_list(x, system.positions, *of, 4.0, 1e-6, 0.5)
+    for one, other in zip(got[:3], (wanted.index, wanted.shifts, wanted.vectors), strict=True):
+        assert torch.equal(one, other)
+    assert got[3:] == (-1, 1)
+    x[0, 1] += 0.6
+    *empty, overlap, holds = OPS.pair_list(x, system.positions, *of, 4.0, 1e-6, 0.5)
+    assert (overlap, holds) == (-1, 0)
+    assert [tuple(one.shape) for one in empty] == [(2, 0), (0, 3), (0, 3)]
+    if loose.n_pairs and system.n_atoms > 1:
+        e = int((loose.distances == loose.distances.min()).nonzero()[0])
+        x = system.positions.clone()
+        x[loose.index[0, e]] += loose.vectors[e] * (1 - 1e-9)
+        *_, overlap, holds = OPS.pair_list(x, system.positions, *of, 4.0, 1e-6, math.inf)
+        assert holds
+        assert set(loose.index[:, overlap].tolist()) == set(loose.index[:, e].tolist())
+
+
+@dtypes
+@crowds
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_sums(name, shuffled, dtype, monkeypatch):
+    system = CROWDS[name]()
+    found = pairs(system, 4.0)
+    g = torch.Generator().manual_seed(3)
+    order = torch.randperm(found.n_pairs, generator=g) if shuffled else torch.arange(found.n_pairs)
+    index, r = found.index[:, order].contiguous(), found.vectors[order]
+    gradient = torch.randn(r.shape, generator=g, dtype=torch.float64).to(dtype)
+    atom_energy = torch.randn(system.n_atoms, generator=g, dtype=torch.float64).to(dtype)
+    of = (r, gradient, index, atom_energy, system.system_index)
+    monkeypatch.setattr(kernels, "serves", lambda _: False)
+    wanted = totals(*of, system.positions, system.cell)
+    got = dict(zip(("energy", "forces", "virial"), OPS.sum_pairs(*of, system.n_systems), strict=True))
+    for key in got:
+        assert got[key].dtype == torch.float64
+        scale = max(1.0, float(wanted[key].abs().max()))
+        torch.testing.assert_close(got[key], wanted[key], atol=1e-13 * scale, rtol=0)
+    torch.testing.assert_close(OPS.sum_atoms(*of[3:], system.n_systems), got["energy"], atol=0, rtol=0)
 
 
 def test_what_is_made_of_tensors_follows_them():

@@ -88,7 +88,10 @@ def _cuda() -> str:
     left = float((torch.ones(8, device="cuda") * 2).sum())
     if left != 16:
         raise RuntimeError(f"a sum on the GPU gave {left}")
-    return torch.cuda.get_device_name(0)
+    from mdplug.kernels import triton
+
+    reason = triton.why_not()
+    return f"{torch.cuda.get_device_name(0)}; " + (f"plain torch, {reason}" if reason else "operators in Triton")
 
 
 _PLATFORM = """

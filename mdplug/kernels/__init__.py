@@ -1,7 +1,7 @@
 """Operators written for a processor, under torch.ops.mdplug; README.md here says what each computes.
 
-`available()` loads the native library once. Where it cannot be loaded, potentials run in plain torch, and `why_not()`
-says why.
+`available()` loads the native library once, or registers those in Triton for a CUDA device. Where that cannot be,
+potentials run in plain torch, and `why_not()` says why.
 """
 
 import ctypes
@@ -34,23 +34,34 @@ def load() -> str:
     return ""
 
 
+def missing(device: torch.device) -> str:
+    """What keeps the operators from a device; empty where they are there. Says nothing aloud."""
+    if device.type == "cpu":
+        return load()
+    if device.type != "cuda":
+        return f"there are no operators for {device.type} devices"
+    from mdplug.kernels import triton
+
+    return triton.why_not()
+
+
 @cache
-def why_not() -> str:
-    """Why the native library is not in use; empty where it is. Says so once, as a warning, where it is missing."""
-    reason = load()
-    if reason and _torch() >= NEEDS:
+def why_not(device: str = "cpu") -> str:
+    """Why the operators are not in use on "cpu" or "cuda"; empty where they are. Says so once, as a warning."""
+    reason = missing(torch.device(device))
+    if reason and (device != "cpu" or _torch() >= NEEDS):
         warnings.warn(f"potentials run in plain torch, several times slower: {reason}", stacklevel=2)
     return reason
 
 
-def available() -> bool:
-    """Whether the native operators can be used (on CPU tensors)."""
-    return not why_not()
+def available(device: str = "cpu") -> bool:
+    """Whether the operators can be used on tensors of this type of device."""
+    return not why_not(device)
 
 
 def serves(tensor: torch.Tensor) -> bool:
-    """Whether the library is there, without a word where it is not, and for this tensor's device."""
-    return tensor.device.type == "cpu" and not load()
+    """Whether the operators are there, without a word where they are not, for this tensor's device."""
+    return not missing(tensor.device)
 
 
 def instruction_set() -> str:

@@ -34,6 +34,11 @@ SCHEMAS = {
     "product": f"(Tensor messages, {_PRODUCT}) -> (Tensor, Tensor)",
     "product_backward": f"(Tensor grad, Tensor mixed, {_PRODUCT}) -> (Tensor, Tensor)",
     "linear": "(Tensor features, Tensor weight, Tensor group, Tensor base, int components, int k_out) -> Tensor",
+    "pair_list": "(Tensor positions, Tensor reference, Tensor index, Tensor shifts, Tensor translations, float cutoff, "
+    "float least, float most) -> (Tensor, Tensor, Tensor, int, int)",
+    "sum_atoms": "(Tensor atom_energy, Tensor system_index, int systems) -> Tensor",
+    "sum_pairs": "(Tensor vectors, Tensor gradient, Tensor pairs, Tensor atom_energy, Tensor system_index, int systems)"
+    " -> (Tensor, Tensor, Tensor)",
 }
 
 

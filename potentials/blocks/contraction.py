@@ -271,7 +271,7 @@ def sparse_polynomial(
     degree = len(powers) // len(contraction.outputs)
     nodes, term, starts, order = sparse_structure(contraction.l_max, len(contraction.outputs) - 1, degree)
     rows = torch.cat([power(None if contraction.agnostic else present) for power in powers], dim=1)
-    coefficients = rows.index_select(1, torch.from_numpy(order))
+    coefficients = rows.index_select(1, torch.from_numpy(order).to(rows.device))
     return torch.from_numpy(nodes), torch.from_numpy(term), torch.from_numpy(starts), coefficients
 
 

@@ -15,8 +15,9 @@ class Atoms(NamedTuple):
     Attributes:
         n: owned atoms. order: (n,) sorted place -> atom. place: (N,) int32 atom -> sorted place, ghosts as they are.
         species: (N,) int64, in sorted order. kind: (N,) int32, place of the species in `present`.
-        own_species32, own_kind: (n,) int32 of the owned atoms.
-        present: (S',) int64 species that have matrices; all that occur are among them.
+        own_species32, own_kind: (n,) int32 of the owned atoms, the same tensors at every step (for
+            `mdplug.kernels.memo`).
+        present: (S',) int64 species that have matrices, on the host; all that occur are among them.
     """
 
     n: int
@@ -27,6 +28,24 @@ class Atoms(NamedTuple):
     own_species32: Tensor
     own_kind: Tensor
     present: Tensor
+
+
+class Kept:
+    """A tensor as it once was given; another is compared with it, on a device without waiting where it is the same."""
+
+    def __init__(self, given: Tensor):
+        self.given, self.version, self.values = given, _version(given), given.clone()
+
+    def equals(self, tensor: Tensor) -> bool:
+        """Whether a tensor has these values."""
+        # On the CPU others, numpy for one, may write to the memory of a tensor behind its back.
+        if tensor is self.given and tensor.device.type != "cpu" and 0 <= self.version == _version(tensor):
+            return True
+        return torch.equal(tensor, self.values)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class Levels(NamedTuple):
@@ -97,10 +116,10 @@ def sort_atoms(species: Tensor, n_owned: int, present: Optional[Tensor] = None) 
     place[order] = torch.arange(n_owned, dtype=torch.int32, device=species.device)
     by_place = torch.cat([species[order], species[n_owned:]])
     if present is None:
-        present = torch.unique(species)
+        present = torch.unique(species.cpu())
         if present.shape[0] == 0:
-            present = torch.zeros(1, dtype=torch.int64, device=species.device)
-    kind = torch.searchsorted(present, by_place, out_int32=True)
+            present = torch.zeros(1, dtype=torch.int64)
+    kind = torch.searchsorted(present.to(species.device), by_place, out_int32=True)
     own = by_place[:n_owned].to(torch.int32)
     return Atoms(n_owned, order, place, by_place, kind, own, kind[:n_owned], present)
 

@@ -101,7 +101,8 @@ class KernelLayer(nn.Module):
             "coefficients", in_blocks(coefficients.detach(), LANES[coefficients.dtype]), persistent=False
         )
         self.agnostic = coefficients.shape[0] == 1
-        self.register_buffer("no_group", torch.zeros(0, dtype=torch.int32), persistent=False)
+        none = torch.zeros(0, dtype=torch.int32, device=model.embedding.device)
+        self.register_buffer("no_group", none, persistent=False)
 
     def _kinds(self, atoms: Atoms) -> Tensor:
         """(n,) coefficients of each atom, as the operator `polynomial` wants them."""
@@ -151,7 +152,8 @@ class KernelLayer(nn.Module):
             out = ops.polynomial(mixed, self.coefficients, self._kinds(atoms), self.nodes, self.term, self.starts)
             out = ops.linear(out, weights.mix, self.no_group, out[:0], out.shape[0], self.channels)
         else:
-            norm = 1.0 / (rho + 1.0) if self.has_density else messages[:0]
+            # A part of the messages, though empty, would keep the whole of them.
+            norm = 1.0 / (rho + 1.0) if self.has_density else messages.new_empty(0)
             out, mixed = ops.product(
                 messages, weights.linear, weights.rows, self._receivers(atoms), norm, self.coefficients,
                 self._product_kinds(atoms), self.nodes, self.term, self.starts, weights.mix,
@@ -184,7 +186,7 @@ class KernelLayer(nn.Module):
     def _chunks(self, graph: Graph, n: int) -> List[Tuple[int, int, int, int]]:
         """Ranges of the n atoms, and of their pairs, with at most AT_A_TIME radial functions."""
         most = max(self.at_a_time // (self.n_paths * self.edge_channels), 1)
-        if n == 0 or graph.r.shape[0] <= most:
+        if n == 0 or graph.r.shape[0] <= most:  # known without asking the device
             return [(0, n, 0, graph.r.shape[0])]
         marks: List[int] = graph.first.long().tolist()
         out = torch.jit.annotate(List[Tuple[int, int, int, int]], [])
@@ -226,9 +228,13 @@ class KernelLayer(nn.Module):
         graph: Graph,
         atoms: Atoms,
     ) -> Cotangents:
-        """Cotangents of what `forward` took; grad: ((l_out+1)^2, n, K) that of the new features."""
+        """Cotangents of what `forward` took.
+
+        Args:
+            grad: ((l_out+1)^2, n, K). saved: what `forward` gave for it, held here alone: it goes when it is used.
+        """
         n = atoms.n
-        d_own = grad[:0]
+        d_own = grad.new_empty(0)
         if self.gated:
             d_product = ops.linear(grad, weights.mix_back, self.no_group, grad[:0], grad.shape[0], self.channels)
             d_mixed = ops.polynomial_backward(
@@ -244,6 +250,7 @@ class KernelLayer(nn.Module):
                 self.coefficients, self._product_kinds(atoms), self.nodes, self.term, self.starts, weights.mix_back,
                 n, self.channels, self.channels,
             )  # fmt: skip
+        del saved
         if self.by_species:
             d_sent = d_own
             d_harmonics, d_radial = ops.density_backward(

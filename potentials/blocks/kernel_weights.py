@@ -14,6 +14,7 @@ from mdplug.potentials.blocks.knots import (
     depends_on_species,
     in_blocks,
     make_tables,
+    to_device,
 )
 
 
@@ -42,8 +43,8 @@ class Made(NamedTuple):
     """What is made of the weights for some elements.
 
     Attributes:
-        present: (S',) int64 these species. tables: those of `no_tables` where radial functions are exact. weights: of
-        each layer.
+        present: (S',) int64 these species, on the host. weights: of each layer.
+        tables: those of `no_tables` where radial functions are exact.
     """
 
     present: Tensor
@@ -68,8 +69,8 @@ class Maker:
         key = present if self.kinds_matter else ()
         known = self._known
         if known is None or known[0] != key:
-            known = (key, make_tables(self.mace, present) if self.tabulated else no_tables(self.mace))
-            self._known = known
+            made = make_tables(self.mace, present) if self.tabulated else no_tables(self.mace)
+            known = self._known = (key, to_device(made, self.mace.embedding.device))
         return known[1]
 
     def make(self, present: Tensor) -> Made:
@@ -87,10 +88,11 @@ def make_weights(mace: Any, t: int, radial_weight: Tensor, tabulated: bool, pres
     layer = mace.layers[t]
     messenger = layer.messenger
     none = layer.mix.new_zeros(0)
+    at = present.to(none.device)
     linear = linear_back = none
     rows = torch.zeros(0, dtype=torch.int32)
     if not isinstance(messenger, GatedMessenger):
-        table = layer.send(mace.embedding[present].unsqueeze(0)).squeeze(0) if t == 0 else none
+        table = layer.send(mace.embedding[at].unsqueeze(0)).squeeze(0) if t == 0 else none
         receivers = present.tolist() if messenger.has_skip else [0]
         groups = [_linear(messenger, radial_weight, table, z) for z in receivers]
         linear = torch.cat([packed(m).flatten() for group in groups for m in group])
@@ -98,7 +100,7 @@ def make_weights(mace: Any, t: int, radial_weight: Tensor, tabulated: bool, pres
         rows = torch.tensor([m.shape[0] for m in groups[0]], dtype=torch.int32)
     skip = skip_back = none
     if layer.has_skip:  # (groups, irreps, K, K)
-        matrices = layer.skip.transpose(0, 1)[present] if layer.skip_by_species else layer.skip.unsqueeze(0)
+        matrices = layer.skip.transpose(0, 1)[at] if layer.skip_by_species else layer.skip.unsqueeze(0)
         skip, skip_back = packed(matrices), packed(matrices.transpose(-1, -2))
     mix, mix_back = packed(layer.mix), packed(layer.mix.transpose(1, 2))
     up, up_back = packed(layer.up), packed(layer.up.transpose(1, 2))

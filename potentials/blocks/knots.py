@@ -161,6 +161,13 @@ def make_tables(model: Any, species: Tuple[int, ...], tolerance: float = 1e-5) -
     return Tables(layers, kind_of, step, intervals + 1, densities, slope_error, value_error)
 
 
+def to_device(tables: Tables, device: torch.device) -> Tables:
+    """The same tables where the atoms are."""
+    layers = [LayerTable(*[tensor.to(device) for tensor in layer]) for layer in tables.layers]
+    densities = tables.densities._replace(coefficients=tables.densities.coefficients.to(device))
+    return tables._replace(layers=layers, kind_of=tables.kind_of.to(device), densities=densities)
+
+
 def in_blocks(values: Tensor, block: int) -> Tensor:
     """(A, B, k) -> (A, blocks, B, C) channels in blocks of C, padded with zeros."""
     n_blocks = -(-values.shape[2] // block)

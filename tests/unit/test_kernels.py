@@ -23,6 +23,9 @@ from kernel_cases import (
     check_product,
 )
 from mace_models import CONTRACT, FURTHER, box, build
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import mdplug
 from mdplug import kernels
@@ -168,6 +171,43 @@ def test_compositions_run_on_the_kernels(kind, tmp_path):
     torch.testing.assert_close(evaluate(loaded, box()).forces, wanted.forces, atol=1e-10, rtol=0)
 
 
+class Held(TorchDispatchMode):
+    """Most bytes that tensors made inside have held at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.known = {key: value for key, value in self.known.items() if not value[0].expired()}
+        self.most = max(self.most, sum(nbytes for _, nbytes in self.known.values()))
+        return out
+
+
+@native
+@pytest.mark.parametrize("kinds", [["A", "R"], ["A", "R", "R", "R"]])
+def test_memory(kinds):
+    """A layer keeps what its polynomial took, (l_max + 1)^2 numbers a channel and atom, till its adjoint has run.
+
+    Messages, as many, and their cotangents come on top for one layer at a time; pairs hold next to nothing here.
+    """
+    options = {"kinds": kinds, "channels": 64, "neighbours": [1.0] * len(kinds), "correlation": [3] * len(kinds)}
+    model, n = KernelMACE(build(options), True), 300
+    edge = 200.0  # A
+    x = np.random.default_rng(0).random((n, 3)) * edge
+    system = AtomicSystem.from_arrays([1, 8] * (n // 2), x, np.eye(3) * edge, True)
+    evaluate(model, system)
+    with Held() as held:
+        evaluate(model, system)
+    one = 16 * 64 * n * 8
+    assert len(kinds) * one < held.most < (len(kinds) + 2.5) * one  # half of one: features of all layers, twice
+
+
 @native
 @pytest.mark.parametrize("name", ["density", "nonlinear", "three layers, l 2"])
 def test_cotangents_of_any_output(name):
@@ -220,7 +260,7 @@ def test_wrong_arguments_are_refused():
 
 
 def test_without_the_library_everything_runs_in_plain_torch(monkeypatch):
-    monkeypatch.setattr("mdplug.kernels.available", lambda: False)
+    monkeypatch.setattr("mdplug.kernels.available", lambda device: False)
     model = build({}, dtype="float32")
     assert type(model.with_kernels(True)).__name__ == "MACE"
     assert not Deployed(model.with_kernels(True)).written

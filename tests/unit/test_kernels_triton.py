@@ -19,16 +19,23 @@ from kernel_cases import (
     GRAPH,
     HARMONICS,
     POLYNOMIAL,
+    PRODUCT,
     check_convolution,
     check_density,
     check_graph,
     check_harmonics,
+    check_linear,
     check_polynomial,
+    check_product,
 )
+from mace_models import CONTRACT, box, build
 
+import mdplug
 from mdplug import kernels
+from mdplug.deployed import evaluate
 from mdplug.kernels import schemas
 from mdplug.kernels import triton as backend
+from mdplug.potentials.mace_kernels import KernelMACE
 
 TESTS = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (extra dev, Linux)")
@@ -47,6 +54,19 @@ def in_process(script: str, tmp_path: Path, *options: str, **environment: str) -
 @pytest.mark.parametrize("which", ["not convolution and not mace", "convolution", "mace"])
 def test_interpreted(which, tmp_path):
     in_process("triton_interpreted.py", tmp_path, "-k", which, TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_on_a_pretended_device(tmp_path):
+    in_process("triton_on_device.py", tmp_path, TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("which", ["steps", "not steps"])
+def test_on_a_pretended_device_at_length(which, tmp_path):
+    in_process("triton_on_device.py", tmp_path, "-m", "slow", "-k", which, TRITON_INTERPRET="1")
 
 
 @needs_triton
@@ -137,3 +157,20 @@ class TestOnADevice:
                 check_convolution(ops, dtype, tabulated, *case)
         for case in POLYNOMIAL:
             check_polynomial(ops, dtype, *case)
+        for case in PRODUCT:
+            check_product(ops, dtype, *case)
+        check_linear(ops, dtype)
+
+    @pytest.mark.parametrize("name", list(CONTRACT))
+    def test_models(self, ops, name, tmp_path):
+        path = mdplug.save(build(CONTRACT[name]), tmp_path / "m.safetensors")
+        system = box(charge=1, spin=2)
+        for dtype, tolerance in (("float64", 1e-10), ("float32", 1e-4)):
+            wanted = evaluate(mdplug.load(path, dtype=dtype), system)
+            there = mdplug.load(path, device="cuda", dtype=dtype)
+            assert isinstance(there, KernelMACE)
+            got = evaluate(there, system.to("cuda"))
+            for what in ("energy", "forces", "virial"):
+                other = getattr(wanted, what)
+                scale = tolerance * max(1.0, float(other.abs().max()))
+                torch.testing.assert_close(getattr(got, what).cpu(), other, atol=scale, rtol=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mdplug.errors import InputError
-from mdplug.pairs import PairList, pair_vectors, pairs
+from mdplug.pairs import PairList, _vesin_pairs, pair_vectors, pairs
 from mdplug.pairs_torch import torch_pairs
 from mdplug.system import AtomicSystem, batch
 
@@ -69,6 +69,31 @@ def test_against_brute_force(pbc, edge, seed):
     assert torch.equal(index, found.index)
     assert torch.equal(shifts, found.shifts)
     assert torch.equal(pair_vectors(system, index, shifts), found.vectors)
+
+
+@pytest.mark.parametrize("at_once", [1, 64, 8192])
+@pytest.mark.parametrize(
+    ("n", "edge", "pbc"),
+    [
+        (200, 14.0, (True, True, True)),
+        (200, 14.0, (True, False, True)),
+        (200, 14.0, (False, False, False)),
+        (70, 6.0, (False, True, True)),
+        (3, 2.5, (True, True, True)),
+        (1, 2.5, (True, True, False)),
+    ],
+)
+def test_in_torch_it_is_the_list_of_vesin(n, edge, pbc, at_once):
+    """Triclinic cells, mixed periodicity, several images, atoms outside the cell; some atoms at a time."""
+    rng = np.random.default_rng(n)
+    cell = edge * (np.eye(3) + 0.2 * rng.standard_normal((3, 3)))
+    x = rng.random((n, 3)) @ cell + rng.integers(-2, 3, (n, 3)) @ (cell * np.array(pbc)[:, None])
+    arguments = (torch.from_numpy(x), torch.from_numpy(cell), torch.tensor(pbc), 4.0)
+    index, shifts = torch_pairs(*arguments, at_once)
+    wanted, its_shifts = _vesin_pairs(*arguments)
+    assert wanted.shape[1] > 0
+    assert torch.equal(index, wanted)
+    assert torch.equal(shifts, its_shifts)
 
 
 def test_missing_cell_rows():

@@ -4,20 +4,20 @@
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 
 import torch
 
 from mdplug.kernels.schemas import define
 
+CAPABILITY = (8, 0)  # that Triton compiles for
 _registered: list[torch.library.Library] = []  # a registration lasts as long as its object
 
 
 def operators() -> dict[str, Callable]:
     """The operators by name, as plain functions. Imports Triton."""
-    from mdplug.kernels import product
-    from mdplug.kernels.triton import convolution, density, graph, harmonics, polynomial
+    from mdplug.kernels.triton import convolution, density, graph, harmonics, pair_list, polynomial, product
 
     return {
         "graph": graph.graph,
@@ -29,9 +29,12 @@ def operators() -> dict[str, Callable]:
         "convolution_backward": convolution.convolution_backward,
         "polynomial": polynomial.polynomial,
         "polynomial_backward": polynomial.polynomial_backward,
-        "product": partial(product.product, polynomial.polynomial),
-        "product_backward": partial(product.product_backward, polynomial.polynomial_backward),
+        "product": product.product,
+        "product_backward": product.product_backward,
         "linear": product.linear,
+        "pair_list": pair_list.pair_list,
+        "sum_atoms": pair_list.sum_atoms,
+        "sum_pairs": pair_list.sum_pairs,
     }
 
 
@@ -53,6 +56,8 @@ def why_not() -> str:
         return "no CUDA device here"
     if find_spec("triton") is None:
         return "triton is not installed"
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        return "Triton needs compute capability {}.{}".format(*CAPABILITY)
     try:
         register()
     except (ImportError, RuntimeError) as error:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdplug.kernels.memo import memo
 from mdplug.kernels.triton import convolution_source as text
 from mdplug.kernels.triton.graph import by_sender, pairs_of
-from mdplug.kernels.triton.source import channel_block, compiled, contiguous, launch, memo
+from mdplug.kernels.triton.source import channel_block, compiled, contiguous, launch
 
 # Of one program, which is one warp. To be tuned on a device.
 CHANNELS = {torch.float32: 64, torch.float64: 32}
@@ -73,13 +74,14 @@ def _check(sent: Tensor, harmonics: Tensor, table: Tensor, values: Tensor, r: Te
 
 
 def _by_pair(
-    table: Tensor, values: Tensor, kind: Tensor, first: Tensor, begin: int, end: int, k: int
+    table: Tensor, values: Tensor, r: Tensor, kind: Tensor, first: Tensor, begin: int, end: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values (rows, blocks, P, C), whose rows pairs may share, as (pairs, P, k); no kinds; the row of each pair."""
     if table.numel():
         return values, kind, kind
-    from_pair, to_pair = int(first[begin]), int(first[end])
-    row = kind[from_pair:to_pair].long() if kind.numel() else torch.arange(to_pair - from_pair, device=values.device)
+    pairs = pairs_of(first, begin, end, r)
+    start = 0 if begin == 0 or not kind.numel() else int(first[begin])
+    row = kind[start : start + pairs].long() if kind.numel() else torch.arange(pairs, device=values.device)
     return values.transpose(1, 2).flatten(2)[row, :, :k].contiguous(), kind[:0], row
 
 
@@ -89,7 +91,7 @@ def convolution(
     step: float, per_kind: int,
 ) -> Tensor:  # fmt: skip
     """See reference.convolution."""
-    values, kind, _ = _by_pair(table, values, kind, first, begin, end, sent.shape[2])
+    values, kind, _ = _by_pair(table, values, r, kind, first, begin, end, sent.shape[2])
     _check(sent, harmonics, table, values, r, kind, sender, first)
     kernels, blocks = _kernels(
         _forward_kernels, CHANNELS[sent.dtype], sent, harmonics, table, kind, paths, coupling, coefficient,
@@ -112,7 +114,7 @@ def convolution_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Cotangents of `sent`, of the harmonics (pairs, M), and of r (pairs,) or of the values, in their layout."""
     shape = values.shape
-    values, kind, row = _by_pair(table, values, kind, first, begin, end, sent.shape[2])
+    values, kind, row = _by_pair(table, values, r, kind, first, begin, end, sent.shape[2])
     _check(sent, harmonics, table, values, r, kind, sender, first)
     contiguous(sent.dtype, grad=grad)
     (kernel,), blocks = _kernels(

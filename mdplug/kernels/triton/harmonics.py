@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdplug.kernels.triton.source import compiled, contiguous, launch, memo
+from mdplug.kernels.memo import memo
+from mdplug.kernels.triton.source import compiled, contiguous, launch
 
 BLOCK, WARPS = 128, 4
 

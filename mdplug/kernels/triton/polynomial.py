@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdplug.kernels.triton.source import channel_block, compiled, contiguous, launch, memo
+from mdplug.kernels.memo import memo
+from mdplug.kernels.triton.source import channel_block, compiled, contiguous, launch
 
 CHANNELS = {torch.float32: 64, torch.float64: 32}  # of one program, which is one warp
 TERMS = 160  # of one kernel: about two seconds to compile

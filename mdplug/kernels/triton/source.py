@@ -1,7 +1,6 @@
 """Kernels written out term by term from tables known when they are made; how they are compiled and launched."""
 
 import linecache
-from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from functools import cache
 from hashlib import sha256
@@ -11,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mdplug.kernels.triton import radial
 
@@ -35,30 +33,6 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict
     on = torch.cuda.device(arguments[0].device) if arguments[0].is_cuda else nullcontext()
     with on:
         kernel[grid](*arguments, **constants, num_warps=warps, **OPTIONS)
-
-
-class Memo:
-    """What was made of some tensors, for as long as they live and do not change."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, Any] = {}  # by how many tensors: dictionaries in dictionaries, as deep
-
-    def get(self, tensors: tuple[Tensor, ...], key: Hashable, make: Callable[[], Any]) -> Any:
-        """`make()`, called once for the same tensors and key."""
-        level = self._known.setdefault(len(tensors), WeakTensorKeyDictionary())
-        for tensor in tensors[:-1]:
-            level = level.setdefault(tensor, WeakTensorKeyDictionary())
-        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
-        entry = level.get(tensors[-1])
-        if entry is None or entry[0] != versions:
-            entry = (versions, {})
-            level[tensors[-1]] = entry
-        if key not in entry[1]:
-            entry[1][key] = make()
-        return entry[1][key]
-
-
-memo = Memo()
 
 
 def contiguous(dtype: torch.dtype, **tensors: Tensor) -> None:
