@@ -31,8 +31,7 @@ class KernelMACE(Potential):
     Args:
         mace: the definition, radial functions exact; it stays inside, for gradients of higher order.
         tables: radial functions as quintic splines; False: exact.
-        fixed: matrices and tables are made once, for all elements, and nothing is kept from step to step: the form that
-            compiles. Else they are made for the elements at hand.
+        fixed: the form that compiles: all is made once, for all elements; else for the elements at hand.
 
     Raises:
         InputError: fixed, and too many elements.
@@ -253,11 +252,8 @@ class KernelMACE(Potential):
             del saved  # the tape lets go of it when it is used
         energy = torch.addcmul(levels.shift, scale, energy) + outside
         place = atoms.place[:n_owned].long()
-        result = {
-            "atom_energy": energy[place],
-            "features": torch.cat([f[0] for f in features[1:]], dim=1)[place],
-        }
-        return result, tape
+        scalars_of_all = torch.cat([f[0] for f in features[1:]], dim=1)[place]
+        return {"atom_energy": energy[place], "features": scalars_of_all}, tape
 
     def _adjoint(self, tape: Tape, cotangents: Dict[str, Tensor], keep: bool) -> Tensor:
         """(P, 3) cotangent of the vectors.

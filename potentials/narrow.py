@@ -26,7 +26,7 @@ def narrowed(mace: MACE, species: Sequence[int]) -> MACE:
     if unknown or not kept:
         known = " ".join(chemical_symbols[z] for z in spec.species)
         raise InputError(f"{spec.name!r} cannot be narrowed to {' '.join(unknown) or 'no element'}; it knows {known}")
-    small = MACE(replace(spec, species=kept)).to(mace.embedding.device, dtype_of(mace))
+    small = MACE(replace(spec, species=kept)).to(mace.embedding.device, mace.embedding.dtype)
     rows = torch.tensor([spec.species.index(z) for z in kept], device=mace.embedding.device)
     wanted = small.state_dict()
     tensors = {}

@@ -223,7 +223,7 @@ def fit_members(
         found.errors, found.sigma, components=3, quantity=FORCES, group=found.structure, element=found.number,
         extra=distance,
     )  # fmt: skip
-    record = {FORCES: forces.to_dict(), "probes": PROBES, "distance": found.limits()}
+    record: dict[str, Any] = {FORCES: forces.to_dict(), "probes": PROBES, **found.limits(forces)}
     if len(found.energy_errors) >= FEWEST:
         record[ENERGY] = fit_scale(
             found.energy_errors, found.energy_sigma, components=1, quantity=ENERGY, group=found.energy_group

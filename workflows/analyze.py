@@ -231,7 +231,7 @@ def _analysed(config: Config, path: Path, folder: Path, progress: Progress) -> _
 
 def _curves(intervals: dict[str, Intervals], pair: str) -> dict[str, np.ndarray]:
     """Columns of an RDF over members: value and half-widths."""
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for key in ("g", "coordination"):
         one = intervals[f"rdf {pair} {key}"]
         out |= {key: one.value, f"{key}_statistical": one.statistical, f"{key}_model": one.model}

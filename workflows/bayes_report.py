@@ -122,7 +122,7 @@ def judge(values: np.ndarray, names: Sequence[str], rhat_max: float, effective_m
         values: (C, n, Q) numbers of each sample of each chain. names: (Q,).
         rhat_max, effective_min: for every number.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for q, name in enumerate(names):
         one = values[:, :, q]
         rows.append(
@@ -144,8 +144,8 @@ def judge(values: np.ndarray, names: Sequence[str], rhat_max: float, effective_m
                 "effective": min(bulk_samples(one[None, :, q]) for q in range(len(names))),
             }
         )
-    worst = max(rows, key=lambda row: row["rhat"])
-    fewest = min(rows, key=lambda row: row["effective"])
+    worst: dict[str, Any] = max(rows, key=lambda row: row["rhat"])
+    fewest: dict[str, Any] = min(rows, key=lambda row: row["effective"])
     reasons = []
     if len(values) < 2:
         reasons.append("one chain cannot show that it finds everything; take several")

@@ -129,7 +129,7 @@ def run(config: Config, *, progress: Progress = silent) -> Result:
             result.novel = _novelty(config, model, novel, data, calibrations[FORCES], progress)
         exact: Any = mdplug.load(config.model, dtype=config.dtype, radial="exact")
         plain = exact.without_kernels()
-        record = {key: one.to_dict() for key, one in calibrations.items()}
+        record: dict[str, Any] = {key: one.to_dict() for key, one in calibrations.items()}
         record |= {"probes": config.probes, "data_sha256": sorted(folder.hashes.values())}
         record |= data.limits(calibrations[FORCES])
         plain.spec = replace(plain.spec, calibration=record)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +31,14 @@ class Rows:
 
     Attributes:
         x: (R, F + Z) features less centre times scale, then counts of each element. y: (R,) eV or eV/A.
-        noise: (R,). weight: (R,) how many equations a row stands for. of_forces: (R,) bool.
+        noise: (R,). weight: (R,) how many equations a row stands for. structure: (R,). of_forces: (R,) bool.
     """
 
     x: np.ndarray
     y: np.ndarray
     noise: np.ndarray
     weight: np.ndarray
+    structure: np.ndarray
     of_forces: np.ndarray
 
     def where(self, chosen: np.ndarray) -> Rows:
@@ -66,7 +68,9 @@ def _local(potential: Potential, batch: Batch, vectors: Tensor) -> dict[str, Ten
 
 def feature_statistics(potential: Potential, loader: Loader, species: Sequence[int]) -> FeatureStatistics:
     """Over all atoms of the data; covariances of rare elements lean on that of all."""
-    n, first, second = {}, {}, {}
+    n: dict[int, int] = {}
+    first: dict[int, Any] = {}
+    second: dict[int, Any] = {}
     for chosen in loader.plan():
         batch = loader.collate(chosen)
         features = _local(potential, batch, pair_vectors(batch))["features"].double().numpy()
@@ -124,11 +128,12 @@ def gather(
         features = (_local(potential, batch, vectors)["features"].double() - centre) * scale
         counts = torch.zeros(s, len(species), dtype=torch.float64)
         counts.index_put_((at, row_of[system.numbers]), torch.ones(len(at), dtype=torch.float64), accumulate=True)
+        number = np.array(chosen)
         n = batch.n_atoms.numpy().astype(float)
         has = (batch.energy_weight > 0).numpy()
         x = torch.cat([summed(features), counts], dim=1).numpy()
         y = (batch.energy - out["energy"]).numpy()
-        parts.append([x[has], y[has], n[has], np.ones(has.sum()), np.zeros(has.sum(), dtype=bool)])
+        parts.append([x[has], y[has], n[has], np.ones(has.sum()), number[has], np.zeros(has.sum(), dtype=bool)])
         has = (batch.forces_weight > 0).numpy() & (n > 1)
         missing = batch.forces - out["forces"]
         errors.append(missing[torch.from_numpy(has)[at]].numpy())
@@ -142,15 +147,15 @@ def gather(
             x = torch.cat([-slope, torch.zeros_like(counts)], dim=1).numpy()
             y = torch.zeros(s, dtype=torch.float64).index_add_(0, at, (missing * d).sum(dim=1)).numpy()
             ones = np.ones(has.sum())
-            parts.append([x[has], y[has], ones, (3 * n / directions)[has], ones.astype(bool)])
-    x, y, noise, weight, of_forces = (np.concatenate(column) for column in zip(*parts, strict=True))
+            parts.append([x[has], y[has], ones, (3 * n / directions)[has], number[has], ones.astype(bool)])
+    x, y, noise, weight, structure, of_forces = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not len(x):
         raise InputError("no structure has an energy or forces; there is nothing to fit members to")
     # Noise: an energy is off by so much per atom, a force component by so much.
     per_atom = np.sqrt(np.mean((y / noise)[~of_forces] ** 2)) if (~of_forces).any() else 1.0
     component = np.sqrt(np.mean(np.concatenate(errors) ** 2)) if of_forces.any() else 1.0
     noise = np.where(of_forces, component, per_atom * noise)
-    return Rows(x, y, np.maximum(noise, 1e-12), weight, of_forces)
+    return Rows(x, y, np.maximum(noise, 1e-12), weight, structure, of_forces)
 
 
 def members_of(rows: Rows, method: str, members: int, seed: int) -> np.ndarray:

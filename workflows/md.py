@@ -334,8 +334,8 @@ class _Run:
     def _failed(
         self, error: SimulationError, good: tuple[int, np.ndarray, np.ndarray, np.ndarray | None]
     ) -> SimulationError:
-        step, *rest = good
-        last = bare_frame(step, step * self.config.timestep_fs / PS, *rest)
+        step, positions, velocities, box = good
+        last = bare_frame(step, step * self.config.timestep_fs / PS, positions, velocities, box)
         atoms = to_atoms(self.atoms, last, self.rotation)
         atoms.calc = None
         write_atomic(self.folder / "last_good.extxyz", extxyz_text(atoms))

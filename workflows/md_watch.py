@@ -65,6 +65,8 @@ def rule_of(config: Config, model: Model) -> Rule | None:
         limits = {"forces": known}
     if not limits and config.policy in ("stop", "collect"):
         raise InputError(f"policy {config.policy} needs a limit, and the model file has none; give sigma_max_eV_A")
+    signal: Signal
+    limit: float | None
     signal, limit = next(iter(limits.items()), ("forces", None))
     return Rule(signal, limit, config.sigma_every, config.sigma_probes, config.seed)
 

@@ -126,9 +126,10 @@ def by_runs(
         cut = [RdfFrames(one.pair, one.r_A[:bins], one.g[:, :bins], one.running[:, :bins]) for one in same]
         curve = np.mean([one.g.mean(axis=0) for one in cut], axis=0)
         for each in zip(*(rdf_quantities(one, curve) for one in cut), strict=True):
-            values = [average(one.series, one.transform) for one in each]
-            found[each[0].name] = combine_runs(*map(np.array, zip(*values, strict=True)))
+            value, error, dof = zip(*(average(one.series, one.transform) for one in each), strict=True)
+            found[each[0].name] = combine_runs(np.array(value), np.array(error), np.array(dof))
     for group in zip(*msds, strict=True):
-        values = [(one.diffusion_m2_s, one.diffusion_error_m2_s) for one in group]
-        found[f"diffusion_m2_s {group[0].what}"] = combine_runs(*np.array(values).T, BLOCKS - 1)
+        values = [one.diffusion_m2_s for one in group]
+        errors = [one.diffusion_error_m2_s for one in group]
+        found[f"diffusion_m2_s {group[0].what}"] = combine_runs(values, errors, BLOCKS - 1)
     return found

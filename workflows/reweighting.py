@@ -100,7 +100,8 @@ class Reweighting:
         if given.shape[: len(lead)] != lead:
             raise InputError(f"a series of shape {given.shape} has not the {lead} values of the trajectory")
         flat = given.reshape(*lead, -1)
-        values, mean = [], np.zeros(())
+        values: list[np.ndarray] = []
+        mean: Any = 0.0
         for k in range(self.members):
             value, influence = self._one(k, flat[k] if per_member else flat, transform)
             values.append(value)
@@ -113,10 +114,10 @@ class Reweighting:
         shape = given.shape[len(lead) :]
         if transform is not None:
             shape = np.shape(transform(flat.mean(axis=tuple(range(len(lead))))))
-        parts = (part.reshape(shape) for part in (error, np.sqrt(square), dof_of(independent)))
+        error, noise, dof = (part.reshape(shape) for part in (error, np.sqrt(square), dof_of(independent)))
         each = np.array(values).reshape(self.members, *shape)
         # In one trajectory this noise is small beside the error that the members share, and costs little width.
-        return from_members(each, *parts, level, self.method, careful=True)
+        return from_members(each, error, noise, dof, level, self.method or "", careful=True)
 
     def _one(self, k: int, series: np.ndarray, transform: Transform | None) -> tuple[np.ndarray, np.ndarray]:
         """A member's estimate (P,), and what each frame adds to its error, (F, P): the mean of that is zero."""
@@ -140,7 +141,8 @@ def average(series: np.ndarray, transform: Transform | None = None) -> tuple[Any
     value, influence = _through(transform, mean, np.zeros_like(mean), flat - mean)
     error, independent = mean_error(influence)
     shape = series.shape[1:] if transform is None else np.shape(transform(mean))
-    return tuple(part.reshape(shape) for part in (value, error, dof_of(independent)))
+    value, error, dof = (part.reshape(shape) for part in (value, error, dof_of(independent)))
+    return value, error, dof
 
 
 def free_energy_difference(
@@ -184,7 +186,7 @@ def free_energy_profile(
     # Bins never visited go through as NaN, without a logarithm of zero.
     series = np.where(seen, counts / scale, 1.0)
     found = reweighting.intervals(series, level=level, transform=lambda p: -reweighting.kT * np.log(p))
-    hidden = {name: np.where(seen, getattr(found, name), np.nan) for name in ("value", "members", "statistical",
+    hidden: dict[str, Any] = {name: np.where(seen, getattr(found, name), np.nan) for name in ("value", "members", "statistical",
               "model", "total", "statistical_error", "noise", "dof")}  # fmt: skip
     return replace(found, **hidden)
 
