@@ -186,8 +186,8 @@ def free_energy_profile(
     # Bins never visited go through as NaN, without a logarithm of zero.
     series = np.where(seen, counts / scale, 1.0)
     found = reweighting.intervals(series, level=level, transform=lambda p: -reweighting.kT * np.log(p))
-    hidden: dict[str, Any] = {name: np.where(seen, getattr(found, name), np.nan) for name in ("value", "members", "statistical",
-              "model", "total", "statistical_error", "noise", "dof")}  # fmt: skip
+    names = ("value", "members", "statistical", "model", "total", "statistical_error", "noise", "dof")
+    hidden: dict[str, Any] = {name: np.where(seen, getattr(found, name), np.nan) for name in names}
     return replace(found, **hidden)
 
 
