@@ -122,7 +122,7 @@ def judge(values: np.ndarray, names: Sequence[str], rhat_max: float, effective_m
         values: (C, n, Q) numbers of each sample of each chain. names: (Q,).
         rhat_max, effective_min: for every number.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for q, name in enumerate(names):
         one = values[:, :, q]
         rows.append(
@@ -134,7 +134,7 @@ def judge(values: np.ndarray, names: Sequence[str], rhat_max: float, effective_m
                 "effective": bulk_samples(one),
             }
         )
-    chains = []
+    chains: list[dict[str, Any]] = []
     for k, one in enumerate(values):
         chains.append(
             {
