@@ -134,7 +134,7 @@ def judge(values: np.ndarray, names: Sequence[str], rhat_max: float, effective_m
                 "effective": bulk_samples(one),
             }
         )
-    chains = []
+    chains: list[dict[str, Any]] = []
     for k, one in enumerate(values):
         chains.append(
             {
