@@ -64,7 +64,7 @@ def main(frames, model, known, which, seed, output):
                 chosen = [left[k] for k in rng.permutation(len(left))[:count]]
             else:
                 if fitted is None:
-                    fitted = fit_members(output, body, [known], MEMBERS, "bootstrap", seed, silent)
+                    fitted = fit_members(output, body, [known], MEMBERS, "laplace", seed, silent)
                 found = force_rows(body, fitted.model, [pool[k] for k in left])
                 picked, _ = informative(found, Posterior.load(fitted.posterior), count)
                 chosen = [left[k] for k in picked]
@@ -75,7 +75,7 @@ def main(frames, model, known, which, seed, output):
             trained = train_on(folder, body, known, new, {}, 1, seed, silent)
             body = trained.body
             if selection == "uncertain":
-                fitted = fit_members(folder, body, [known, new], MEMBERS, "bootstrap", seed, silent)
+                fitted = fit_members(folder, body, [known, new], MEMBERS, "laplace", seed, silent)
             kinds = [pool[k].info["config_type"] for k in taken]
             rows.append(
                 {"selection": selection, "labels": budget, **errors(body, frames / "test.extxyz")}
